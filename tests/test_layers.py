@@ -1,4 +1,4 @@
-"""Imports point down: the layer table of the house, checked on the source, and what `import slimtune` may load."""
+"""Imports point down (the layer table, checked on the source), and `import slimtune` stays light."""
 
 import ast
 import json
