@@ -1,0 +1,92 @@
+"""What is measured: one row per method. Adding a method is adding a row to CASES."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+__all__ = ["CASES", "LIMIT_SAVED_MIB", "STARTUP_GOALS", "TARGETS", "Case"]
+
+TARGETS = "all-linear"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method at one size.
+
+    Args:
+        ours: slimtune -> our recipe.
+        peft: peft -> the configuration of the same method at the same size, or None where PEFT has none.
+        goals: measure -> dtype -> the largest value that is good enough, for the default model on a CPU.
+            Measures: `step` (ratio to the limit), `saved` (MiB kept for the backward pass), `compile` (step
+            of the compiled model as a ratio to the limit run eagerly), `call` (one tiny call without gradient
+            as a multiple of the bare layer's).
+        note: shown under the table.
+    """
+
+    ours: Callable[[ModuleType], Any]
+    peft: Callable[[ModuleType], Any] | None
+    goals: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    note: str = ""
+
+
+def _peft_lora(**options: Any) -> Callable[[ModuleType], Any]:
+    return lambda peft: peft.LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS, **options)
+
+
+CASES: dict[str, Case] = {
+    "lora": Case(
+        lambda st: st.lora(rank=16, alpha=32),
+        _peft_lora(),
+        {
+            "step": {"fp32": 1.06, "bf16": 1.07},
+            "saved": {"fp32": 158, "bf16": 89},
+            "compile": {"fp32": 1.02},
+            "call": {"fp32": 2.5},
+        },
+    ),
+    "lora_dropout": Case(
+        lambda st: st.lora(rank=16, alpha=32, dropout=0.05),
+        _peft_lora(lora_dropout=0.05),
+        {"step": {"fp32": 1.20, "bf16": 1.30}, "saved": {"fp32": 158, "bf16": 89}},
+        "Dropout 0.05 on the input of the adapter.",
+    ),
+    "lora_rank_dropout": Case(
+        lambda st: st.lora(rank=16, alpha=32, rank_dropout=0.05),
+        None,
+        {"step": {"fp32": 1.08, "bf16": 1.09}},
+        "Dropout 0.05 on the rank-16 product; PEFT has no such option.",
+    ),
+    "dora": Case(
+        lambda st: st.dora(rank=16, alpha=32),
+        _peft_lora(use_dora=True),
+        {
+            "step": {"fp32": 1.13, "bf16": 1.14},
+            "saved": {"fp32": 190, "bf16": 105},
+            "compile": {"fp32": 1.08},
+        },
+    ),
+    "dora_dropout": Case(
+        lambda st: st.dora(rank=16, alpha=32, dropout=0.05),
+        _peft_lora(use_dora=True, lora_dropout=0.05),
+        {"step": {"fp32": 1.22, "bf16": 1.30}, "saved": {"fp32": 190, "bf16": 105}},
+        "Ours drops the input of the change only; PEFT rescales a second base product of the dropped input.",
+    ),
+    "rslora": Case(
+        lambda st: st.rslora(rank=16, alpha=32),
+        _peft_lora(use_rslora=True),
+        {"step": {"fp32": 1.06, "bf16": 1.07}, "saved": {"fp32": 158, "bf16": 89}},
+    ),
+}
+
+LIMIT_SAVED_MIB = {"fp32": 120, "bf16": 71}
+"""What the frozen model itself keeps at the default size: a check on the instrument, not a goal."""
+
+STARTUP_GOALS = {
+    "import_seconds": ("`import slimtune` on top of `import torch`", 0.3),
+    "help_seconds": ("`slimtune --help`", 0.5),
+    "config_error_seconds": ("`slimtune train` with an unknown key, exit code 2", 2.0),
+    "adapt_meta_seconds": ("`adapt` on a meta model of one billion parameters", 2.0),
+}
