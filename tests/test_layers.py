@@ -12,7 +12,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "slimtune"
 LAYERS = [
     {"errors", "ops"},  # tensors in, tensors out
-    {"structures", "compositions"},  # the two families
+    {"structures", "compositions", "recipe"},  # the two families, and their pairing
     {"layers", "initialisers", "resize"},  # where they live
     {"adapt", "calibrate", "compress", "convert"},  # verbs
     {"recipes", "allocate", "groups", "controllers", "models", "contrib"},  # the field

@@ -1,0 +1,71 @@
+"""What the documentation shows is what the code does."""
+
+import doctest
+import importlib
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import slimtune
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CORE = sorted(
+    name
+    for _, name, _ in pkgutil.walk_packages(slimtune.__path__, "slimtune.")
+    if name.split(".")[1] not in ("app", "cli", "hf", "__main__")
+)
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_docstring_examples(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.failed == 0
+
+
+def test_table_of_methods_is_generated() -> None:
+    made = subprocess.run(
+        [sys.executable, ROOT / "tools" / "methods_table.py"], capture_output=True, text=True, check=True
+    ).stdout
+    shown = README.partition("<!-- methods:begin -->\n")[2].partition("<!-- methods:end -->")[0]
+    assert shown == made, "run python tools/methods_table.py --write"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/concepts.md"])
+def test_python_blocks_run(page: str, tmp_path: Path) -> None:
+    """The Python blocks of a page, in order, as one script in an empty folder."""
+    code = "\n".join(
+        re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.M | re.S)
+    )
+    assert code
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_yaml_blocks_are_valid_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from slimtune.app.config import load_config
+
+    monkeypatch.chdir(tmp_path)
+    blocks = [
+        block
+        for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+        for block in re.findall(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    ]
+    assert blocks
+    for block in blocks:
+        for name in re.findall(r"dataset_name: (\S+)", block):
+            Path(name).parent.mkdir(parents=True, exist_ok=True)
+            Path(name).touch()
+        Path("config.yaml").write_text(block, encoding="utf-8")
+        load_config("config.yaml")
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert os.path.exists(page.parent / target), f"{page.name} links to {target}"
