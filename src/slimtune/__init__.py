@@ -1,0 +1,89 @@
+"""Make a PyTorch model fit a task with few numbers: adapt, verify, merge."""
+
+from . import errors, io, ops, recipes
+from .adapt import (
+    LayerError,
+    MergeReport,
+    Summary,
+    activate,
+    adapt,
+    adapter_names,
+    disabled,
+    initialize,
+    merge,
+    merged,
+    remove,
+    summary,
+    trainable_parameters,
+)
+from .compositions import Additive, Composition, LinearMap, Magnitude
+from .controllers import Attached, Controller, attach
+from .errors import (
+    AdapterNameError,
+    ConfigError,
+    DataError,
+    DivergenceError,
+    FileFormatError,
+    SlimtuneError,
+    StructureError,
+    TargetError,
+    UninitializedError,
+    VerificationError,
+)
+from .groups import param_groups
+from .io import load, save
+from .peft_format import export_peft, import_peft
+from .recipe import Recipe
+from .recipes import dora, lora, rslora
+from .structures import Factored, LowRank, Structure
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterNameError",
+    "Additive",
+    "Attached",
+    "Composition",
+    "ConfigError",
+    "Controller",
+    "DataError",
+    "DivergenceError",
+    "Factored",
+    "FileFormatError",
+    "LayerError",
+    "LinearMap",
+    "LowRank",
+    "Magnitude",
+    "MergeReport",
+    "Recipe",
+    "SlimtuneError",
+    "Structure",
+    "StructureError",
+    "Summary",
+    "TargetError",
+    "UninitializedError",
+    "VerificationError",
+    "activate",
+    "adapt",
+    "adapter_names",
+    "attach",
+    "disabled",
+    "dora",
+    "errors",
+    "export_peft",
+    "import_peft",
+    "initialize",
+    "io",
+    "load",
+    "lora",
+    "merge",
+    "merged",
+    "ops",
+    "param_groups",
+    "recipes",
+    "remove",
+    "rslora",
+    "save",
+    "summary",
+    "trainable_parameters",
+]

@@ -1,0 +1,399 @@
+"""Layer 2: where adapters live. A layer is extended in place by a subclass of its own class.
+
+Weights keep their names, a quantised layer's own forward comes along, and `torch.compile` sees one class per
+kind of layer. Each kind of layer is one `LinearMap`: its weight seen as an (O, I) matrix, and its layout.
+
+Shapes: O out, I in (a convolution's I is its input channels per group times its kernel), R rank, *T batch dims.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .compositions import LinearMap
+from .errors import TargetError
+from .ops import replayed_dropout
+from .recipe import Recipe
+from .structures import Factored, Structure
+
+__all__ = [
+    "Adapted",
+    "Adapter",
+    "Extended",
+    "Host",
+    "SavedModule",
+    "check_host",
+    "extend",
+    "layout_of",
+    "restore",
+]
+
+
+class Adapter(nn.Module):
+    """One adapter of one layer: a structure, the composition that applies it, and its scale.
+
+    Parameters are `structure.*` and `composition.*`; `scale` is a 0-d buffer, so that changing it neither
+    recompiles nor needs a new optimizer.
+    """
+
+    def __init__(self, recipe: Recipe, out_features: int, in_features: int, **kwargs: Any) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.structure: Structure = recipe.structure(out_features, in_features, **recipe.options, **kwargs)
+        self.composition = recipe.composition(**recipe.composition_options)
+        self.composition.build(out_features, in_features, **kwargs)
+        self.dropout = recipe.dropout
+        scale = recipe.scale(self.structure.rank)
+        self.register_buffer("scale", torch.tensor(scale, dtype=kwargs.get("dtype"), device=kwargs.get("device")))
+
+    @torch.no_grad()
+    def initialize(self, below: LinearMap) -> None:
+        """Draw the structure's starting values and read the composition's from the map below."""
+        self.scale.fill_(self.recipe.scale(self.structure.rank))
+        self.structure.reset_parameters()
+        self.composition.init_from(below)
+
+    def dense(self) -> Tensor:
+        """s dW, (O, I)."""
+        return self.scale * self.structure.dense()
+
+    def extra_repr(self) -> str:
+        return f"{self.recipe.name}, scale {'meta' if self.scale.is_meta else round(self.scale.item(), 6)}"
+
+
+class Adapted(LinearMap):
+    """The map that an adapter makes of the map below it."""
+
+    __slots__ = ("adapter", "below", "training")
+
+    def __init__(self, adapter: Adapter, below: LinearMap, training: bool) -> None:
+        self.adapter, self.below, self.training = adapter, below, training
+
+    def __call__(self, x: Any) -> Tensor:
+        modules = self.adapter._modules
+        dropout = self.adapter.dropout if self.training else 0.0
+        return modules["composition"].forward(  # type: ignore[union-attr]
+            x, self.below, modules["structure"], self.adapter._buffers["scale"], dropout
+        )
+
+    def _parts(self) -> tuple[LinearMap, Structure, Tensor]:
+        return self.below, self.adapter.structure, self.adapter.scale
+
+    def weight(self) -> Tensor:
+        return self.adapter.composition.effective(*self._parts())
+
+    def matmul(self, V: Tensor) -> Tensor:
+        return self.adapter.composition.matmul(V, *self._parts())
+
+    def row_square(self) -> Tensor:
+        return self.adapter.composition.row_square(*self._parts())
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.below.bias
+
+    def plain(self) -> Tensor | None:
+        return None
+
+    def change(self, x: Any, delta: Structure, dropout: float = 0.0) -> Tensor:
+        return self.below.change(x, delta, dropout)
+
+    def with_weight(self, x: Any, W: Tensor, bias: Tensor | None) -> Tensor:
+        return self.below.with_weight(x, W, bias)
+
+    def rows(self, v: Tensor) -> Tensor:
+        return self.below.rows(v)
+
+
+class LinearLayout(LinearMap):
+    """torch.nn.Linear and its subclasses, packed weights included."""
+
+    __slots__ = ("layer",)
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.layer.base_class.forward(self.layer, x)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.layer._parameters.get("bias")
+
+    def plain(self) -> Tensor | None:
+        layer = self.layer
+        W, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+        if not layer.is_plain or W is None or W.requires_grad or (bias is not None and bias.requires_grad):
+            return None
+        return self._oriented(W)
+
+    def _oriented(self, W: Tensor) -> Tensor:
+        return W
+
+    def weight(self) -> Tensor:
+        W = self.layer.weight
+        if W.is_floating_point():
+            return self._oriented(W)
+        return self.matmul(torch.eye(self.layer.in_features, device=W.device))
+
+    def matmul(self, V: Tensor) -> Tensor:
+        W = self.layer.weight
+        if W.is_floating_point():
+            return self._oriented(W) @ V.to(W.dtype)
+        y = self(V.t().contiguous())  # packed: ask the layer itself
+        return (y if self.bias is None else y - self.bias).t()
+
+    def row_square(self) -> Tensor:
+        W = self.weight()
+        t = torch.promote_types(W.dtype, torch.float32)
+        return torch.linalg.vector_norm(W, dim=1, dtype=t).square()
+
+    def change(self, x: Tensor, delta: Structure, dropout: float = 0.0) -> Tensor:
+        return replayed_dropout(delta, x, dropout) if dropout else delta(x)
+
+    def with_weight(self, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, W.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def rows(self, v: Tensor) -> Tensor:
+        return v
+
+    @staticmethod
+    def sizes(layer: Any) -> tuple[int, int]:
+        """(O, I)."""
+        return layer.out_features, layer.in_features
+
+    @staticmethod
+    def store(W: Tensor, like: Tensor) -> Tensor:
+        """W (O, I), laid out as the layer stores its weight."""
+        return W.reshape(like.shape)
+
+
+class Conv1DLayout(LinearLayout):
+    """transformers' Conv1D (GPT-2): a Linear whose weight is stored as (I, O)."""
+
+    __slots__ = ()
+
+    def _oriented(self, W: Tensor) -> Tensor:
+        return W.t()
+
+    @staticmethod
+    def sizes(layer: Any) -> tuple[int, int]:
+        return layer.weight.shape[1], layer.weight.shape[0]
+
+    @staticmethod
+    def store(W: Tensor, like: Tensor) -> Tensor:
+        return W.t().contiguous()
+
+
+class ConvLayout(LinearLayout):
+    """torch.nn.Conv1d, Conv2d, Conv3d: any stride, padding, padding mode, dilation and groups.
+
+    W is the kernel flattened to (O, I / groups * kernel). A factored change is a convolution with A as its
+    kernel, then a pointwise one with B; with groups, A serves every group.
+    """
+
+    __slots__ = ()
+
+    def plain(self) -> Tensor | None:
+        return None
+
+    def _oriented(self, W: Tensor) -> Tensor:
+        return W.flatten(1)
+
+    def _convolve(self, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+        c = self.layer
+        padding = c.padding
+        if c.padding_mode != "zeros":
+            x = F.pad(x, c._reversed_padding_repeated_twice, mode=c.padding_mode)
+            padding = 0
+        return _CONV[W.dim()](x, W, bias, c.stride, padding, c.dilation, c.groups)
+
+    def change(self, x: Tensor, delta: Structure, dropout: float = 0.0) -> Tensor:
+        if dropout:
+            return replayed_dropout(lambda z: self.change(z, delta), x, dropout)
+        if not isinstance(delta, Factored):
+            return self.with_weight(x, delta.dense(), None)
+        B, A = (f.to(x.dtype) for f in delta.factors())
+        kernel = self.layer.weight.shape[2:]
+        groups = self.layer.groups
+        A = A.view(-1, self.layer.weight.shape[1], *kernel)
+        h = self._convolve(x, A.repeat(groups, *(1,) * (A.dim() - 1)) if groups > 1 else A, None)
+        if delta.training and delta.rank_dropout:
+            h = F.dropout(h, delta.rank_dropout)
+        return _CONV[A.dim()](h, B.reshape(*B.shape, *(1,) * len(kernel)), groups=groups)
+
+    def with_weight(self, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+        W = W.to(x.dtype).view(self.layer.weight.shape)
+        return self._convolve(x, W, None if bias is None else bias.to(x.dtype))
+
+    def rows(self, v: Tensor) -> Tensor:
+        return v.view(-1, *(1,) * (self.layer.weight.dim() - 2))
+
+    @staticmethod
+    def sizes(layer: Any) -> tuple[int, int]:
+        return layer.weight.shape[0], layer.weight[0].numel()
+
+
+_CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+
+
+class EmbeddingLayout(LinearLayout):
+    """torch.nn.Embedding as a map of one-hot vectors: O its width, I its number of entries.
+
+    Dropout of the input would drop whole tokens and is left out, as in PEFT. A subclass that multiplies its output
+    by `embed_scale` is followed.
+    """
+
+    __slots__ = ()
+
+    def plain(self) -> Tensor | None:
+        return None
+
+    def _oriented(self, W: Tensor) -> Tensor:
+        return W.t()
+
+    def _look_up(self, x: Tensor, table: Tensor) -> Tensor:
+        y = F.embedding(x, table, self.layer.padding_idx)
+        factor = getattr(self.layer, "embed_scale", None)
+        return y if factor is None else y * factor
+
+    def change(self, x: Tensor, delta: Structure, dropout: float = 0.0) -> Tensor:
+        t = self.layer.weight.dtype
+        if not isinstance(delta, Factored):
+            return self._look_up(x, delta.dense().t().to(t))
+        B, A = delta.factors()
+        h = self._look_up(x, A.t().to(t))
+        if delta.training and delta.rank_dropout:
+            h = F.dropout(h, delta.rank_dropout)
+        return F.linear(h, B.to(t))
+
+    def with_weight(self, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+        return self._look_up(x, W.t().to(self.layer.weight.dtype))
+
+    @staticmethod
+    def sizes(layer: Any) -> tuple[int, int]:
+        return layer.embedding_dim, layer.num_embeddings
+
+    @staticmethod
+    def store(W: Tensor, like: Tensor) -> Tensor:
+        return W.t().contiguous()
+
+
+class Extended(nn.Module):
+    """What `extend` mixes into a module's own class: a stack of named additions, and the way back."""
+
+    base_class: type[nn.Module]
+    adapters: nn.ModuleDict
+    active_adapters: tuple[str, ...]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # the class is made at run time, so pickle and deepcopy go through the class it extends
+        return _rebuild, (self.base_class, getattr(self, "layout", None)), self.__dict__
+
+    def base_state(self) -> dict[str, Tensor]:
+        """The module's own parameters and buffers, without its adapters."""
+        return {k: v for k, v in self.state_dict(keep_vars=True).items() if not k.startswith("adapters.")}
+
+
+class Host(Extended):
+    """A layer with adapters: base, then each active adapter on top of the one before."""
+
+    layout: type[LinearLayout]
+    is_plain: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.map()(x)
+
+    def map(self, below: str | None = None) -> LinearMap:
+        """The linear map of the active adapters; with `below`, of those under that adapter."""
+        map: LinearMap = self.layout(self)
+        adapters = self._modules["adapters"]._modules  # type: ignore[union-attr]
+        for name in self.active_adapters:
+            if name == below:
+                break
+            map = Adapted(adapters[name], map, self.training)  # type: ignore[arg-type]
+        return map
+
+
+class SavedModule(Extended):
+    """Any module with private trainable copies of itself, one per adapter; the last active copy answers."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.active_adapters:
+            return self.adapters[self.active_adapters[-1]](*args, **kwargs)
+        return self.base_class.forward(self, *args, **kwargs)
+
+
+def _is_hf_conv1d(cls: type) -> bool:
+    return any(c.__module__ == "transformers.pytorch_utils" and c.__name__ == "Conv1D" for c in cls.__mro__)
+
+
+def layout_of(cls: type[nn.Module]) -> type[LinearLayout] | None:
+    """The layout for a class of layers, None if adapters do not fit it."""
+    if issubclass(cls, nn.modules.lazy.LazyModuleMixin):
+        return None
+    if issubclass(cls, nn.Linear):
+        return LinearLayout
+    if _is_hf_conv1d(cls):
+        return Conv1DLayout
+    if issubclass(cls, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return ConvLayout
+    if issubclass(cls, nn.Embedding):
+        return EmbeddingLayout
+    return None
+
+
+def check_host(module: nn.Module, name: str) -> None:
+    """Raise TargetError, naming the layer and why, if an adapter would not fit it or would be bypassed."""
+    cls = module.base_class if isinstance(module, Extended) else type(module)
+    where = f"{name!r} ({cls.__name__}) cannot be adapted"
+    if isinstance(module, SavedModule):
+        raise TargetError(f"{where}: it is trained in full as one of modules_to_save")
+    if issubclass(cls, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise TargetError(f"{where}: nn.MultiheadAttention reads its weight without calling it")
+    layout = layout_of(cls)
+    if layout is None:
+        raise TargetError(f"{where}: adapters fit Linear, transformers' Conv1D, Conv1d, Conv2d, Conv3d, Embedding")
+    if layout is EmbeddingLayout:
+        if module.max_norm is not None:
+            raise TargetError(f"{where}: max_norm rewrites its weight in every forward")
+        if cls.forward is not nn.Embedding.forward and not hasattr(module, "embed_scale"):
+            raise TargetError(f"{where}: its forward is not a plain look-up")
+    if not isinstance(module, Extended) and hasattr(module, "adapters"):
+        raise TargetError(f"{where}: it already has an attribute named 'adapters'")
+
+
+@functools.cache
+def _extended_class(base: type[nn.Module], layout: type[LinearLayout] | None) -> type[Extended]:
+    fields: dict[str, Any] = {"base_class": base, "__module__": __name__, "__doc__": base.__doc__}
+    if layout is None:
+        return type(f"Saved{base.__name__}", (SavedModule, base), fields)
+    fields["layout"] = layout
+    fields["is_plain"] = base.forward is nn.Linear.forward or (layout is Conv1DLayout and base.__name__ == "Conv1D")
+    return type(f"Adapted{base.__name__}", (Host, base), fields)
+
+
+def _rebuild(base: type[nn.Module], layout: type[LinearLayout] | None) -> Extended:
+    cls = _extended_class(base, layout)
+    return cls.__new__(cls)
+
+
+def extend(module: nn.Module, layout: type[LinearLayout] | None) -> Extended:
+    """Give a module its extended class, in place and once. `layout` None makes a SavedModule."""
+    if not isinstance(module, Extended):
+        cls = _extended_class(type(module), layout)
+        module.__class__ = cls
+        module.adapters = nn.ModuleDict()
+        module.active_adapters = ()
+    return module  # type: ignore[return-value]
+
+
+def restore(module: Extended) -> None:
+    """Give a module with no adapters left its own class back."""
+    del module._modules["adapters"], module.__dict__["active_adapters"]
+    module.__class__ = module.base_class

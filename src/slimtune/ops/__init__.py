@@ -1,0 +1,13 @@
+"""Layer 0: tensors in, tensors out."""
+
+from .dropout import draw_seed, dropped, keep_probability, replayed_dropout
+from .lowrank import lowrank_linear, row_square_after_update
+
+__all__ = [
+    "draw_seed",
+    "dropped",
+    "keep_probability",
+    "lowrank_linear",
+    "replayed_dropout",
+    "row_square_after_update",
+]

@@ -1,0 +1,83 @@
+"""Dropout whose mask is drawn again in the backward pass instead of being kept.
+
+An adapter that drops its input would otherwise keep a mask and a second copy of x for every layer. Here
+only a seed is kept; `replayed_dropout` also makes whatever consumes the dropped tensor keep x itself.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["draw_seed", "dropped", "keep_probability", "replayed_dropout"]
+
+LEVELS = 256
+
+
+def keep_probability(p: float) -> float:
+    """The probability of keeping an entry when asked to drop with probability p: p is rounded to 1/256.
+
+    Masks are compared bytewise, eight entries to a random word; the scale 1/keep uses the rounded value, so
+    the expectation stays exact. Any 0 < p < 1 drops at least 1/256 and keeps at least 1/256.
+    """
+    return 1.0 - _threshold(p) / LEVELS
+
+
+def _threshold(p: float) -> int:
+    return min(max(round(p * LEVELS), 1), LEVELS - 1) if p > 0 else 0
+
+
+def draw_seed() -> int:
+    """A seed from torch's global CPU generator: reproducible, restored by checkpoints, no device sync."""
+    return int(torch.randint(0, 2**62, (), dtype=torch.int64))
+
+
+def dropped(x: Tensor, p: float, seed: int) -> Tensor:
+    """x with each entry zeroed with probability p (rounded to 1/256), *not* rescaled. Same seed, same mask."""
+    return x * _kept(x, p, seed)
+
+
+def _kept(x: Tensor, p: float, seed: int) -> Tensor:
+    """True where an entry is kept. x: any shape."""
+    generator = torch.Generator(device=x.device)
+    generator.manual_seed(seed)
+    words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device)
+    words.random_(-(2**63), None, generator=generator)
+    return words.view(torch.uint8)[: x.numel()].view(x.shape) >= _threshold(p)
+
+
+class _Drop(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, p, seed):
+        ctx.p, ctx.seed = p, seed
+        return dropped(x, p, seed).mul_(1 / keep_probability(p))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return dropped(grad, ctx.p, ctx.seed).mul_(1 / keep_probability(ctx.p)), None, None
+
+
+def replayed_dropout(function, x: Tensor, p: float) -> Tensor:
+    """function(dropout(x, p)), keeping x for the backward pass wherever `function` would keep the dropped x.
+
+    Under torch.compile this is ordinary dropout: the compiler recomputes masks by itself.
+    """
+    if torch.compiler.is_compiling():
+        return function(torch.nn.functional.dropout(x, p, training=True))
+    seed = draw_seed()
+    d = _Drop.apply(x, p, seed)
+    if not torch.is_grad_enabled():
+        return function(d)
+    kept, storage = x.detach(), d.untyped_storage().data_ptr()
+
+    def pack(t: Tensor):
+        if t.dtype == d.dtype and t.untyped_storage().data_ptr() == storage:
+            return (t.size(), t.stride(), t.storage_offset())
+        return t
+
+    def unpack(saved):
+        if isinstance(saved, Tensor):
+            return saved
+        again = dropped(kept, p, seed).mul_(1 / keep_probability(p))
+        return again.contiguous().as_strided(*saved)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return function(d)

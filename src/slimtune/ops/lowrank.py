@@ -1,0 +1,199 @@
+"""Products with W + s B A that never form B A.
+
+Shapes: O out, I in, R rank, T batch dims flattened. W (O, I), B (O, R), A (R, I), x (*T, I), y (*T, O).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dropout import draw_seed, dropped, keep_probability
+
+__all__ = ["lowrank_linear", "row_square_after_update"]
+
+
+def lowrank_linear(
+    x: Tensor,  # (*T, I)
+    W: Tensor,  # (O, I), frozen
+    bias: Tensor | None,  # (O,), frozen
+    B: Tensor,  # (O, R)
+    A: Tensor,  # (R, I)
+    scale: Tensor,  # 0-d
+    row_scale: Tensor | None = None,  # (O,)
+    dropout: float = 0.0,
+    rank_dropout: float = 0.0,
+) -> Tensor:
+    """y = d * (x W^T + s drop(x) A^T B^T) + bias, with d = `row_scale` (ones when None). Returns (*T, O).
+
+    `rank_dropout` drops entries of x A^T instead of x. B and A may be of higher precision than x: they are
+    cast for the products and their gradients come back in their own dtype. One autograd function: it keeps
+    x in x's own dtype, the (T, R) product, and, with `row_scale`, one (T, O) output; dropout keeps a seed.
+
+    Example:
+        >>> x, W = torch.randn(2, 3), torch.randn(4, 3)
+        >>> B, A, s = torch.randn(4, 1), torch.randn(1, 3), torch.tensor(0.5)
+        >>> torch.allclose(lowrank_linear(x, W, None, B, A, s), x @ (W + s * B @ A).T, atol=1e-5)
+        True
+    """
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if autocast:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+        with torch.autocast(x.device.type, enabled=False):
+            return _dispatch(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout)
+    return _dispatch(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout)
+
+
+def _dispatch(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout):
+    if torch.compiler.is_compiling():
+        return _composed(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout)
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or A.requires_grad
+        or B.requires_grad
+        or scale.requires_grad
+        or (row_scale is not None and row_scale.requires_grad)
+    ):
+        if scale.requires_grad:
+            B, scale = scale * B, torch.ones_like(scale)
+        if rank_dropout:
+            mask = F.dropout(x.new_ones(x.shape[:-1] + A.shape[:1]), rank_dropout)
+        else:
+            mask = None
+        seed = draw_seed() if dropout else 0
+        return _LowRankLinear.apply(x, W, bias, B, A, scale, row_scale, dropout, seed, mask)
+    return _plain(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout)
+
+
+def _composed(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout):
+    """The definition in autograd's own operations; what a compiler fuses best."""
+    t = x.dtype
+    z = F.dropout(x, dropout) if dropout else x
+    h = F.linear(z, A.to(t)) * scale.to(t)
+    if rank_dropout:
+        h = F.dropout(h, rank_dropout)
+    update = F.linear(h, B.to(t))
+    if row_scale is None:
+        return F.linear(x, W.to(t), None if bias is None else bias.to(t)) + update
+    y = (F.linear(x, W.to(t)) + update) * row_scale.to(t)
+    return y if bias is None else y + bias.to(t)
+
+
+def _plain(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout):
+    """No gradient wanted: the fewest kernels."""
+    t = x.dtype
+    z = F.dropout(x, dropout) if dropout else x
+    h = F.linear(z, _as(A, t)).mul_(_as(scale, t))
+    if rank_dropout:
+        h = F.dropout(h, rank_dropout)
+    y = F.linear(x, _as(W, t), None if row_scale is not None or bias is None else _as(bias, t))
+    if y.dim() == 2:
+        y.addmm_(h, _as(B, t).t())
+    else:
+        y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), _as(B, t).t())
+    if row_scale is not None:
+        y.mul_(_as(row_scale, t))
+        if bias is not None:
+            y.add_(_as(bias, t))
+    return y
+
+
+def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype == dtype else t.to(dtype)
+
+
+class _LowRankLinear(torch.autograd.Function):
+    """Forward and backward written out so that both directions end in one accumulating GEMM."""
+
+    @staticmethod
+    def forward(ctx, x, W, bias, B, A, scale, row_scale, dropout, seed, rank_mask):
+        t, shape = x.dtype, x.shape
+        W_, A_, B_, s = _as(W, t), _as(A, t), _as(B, t), _as(scale, t)
+        x2 = x.reshape(-1, shape[-1])  # (T, I)
+        z = dropped(x2, dropout, seed) if dropout else x2
+        h = (z @ A_.t()).mul_(s / keep_probability(dropout) if dropout else s)  # (T, R)
+        if rank_mask is not None:
+            rank_mask = rank_mask.view(h.shape)
+            h.mul_(rank_mask)
+        d = None if row_scale is None else _as(row_scale, t)
+        late_bias = None if bias is None else _as(bias, t)
+        y = x2 @ W_.t() if d is not None or bias is None else torch.addmm(late_bias, x2, W_.t())
+        y.addmm_(h, B_.t())
+        kept = None
+        if d is not None:
+            # y / d gives the unscaled output back, unless a bias or fp16's range is in the way
+            if bias is not None or t == torch.float16:
+                kept, y = y, y * d
+                if bias is not None:
+                    y.add_(late_bias)
+            else:
+                floor = torch.finfo(t).tiny ** 0.5
+                d = torch.where(d.abs() < floor, floor, d)
+                y.mul_(d)
+                kept = y
+            ctx.kept_is_output = kept is y
+        y = y.view(*shape[:-1], y.shape[-1])
+        if d is not None and ctx.kept_is_output:
+            kept = y
+        ctx.dropout, ctx.seed = dropout, seed
+        ctx.save_for_backward(x, W, B, A, scale, row_scale, h, kept, rank_mask)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, W, B, A, scale, row_scale, h, kept, rank_mask = ctx.saved_tensors
+        need_x, _, _, need_B, need_A, _, need_d = ctx.needs_input_grad[:7]
+        t = x.dtype
+        g = grad.reshape(-1, grad.shape[-1])  # (T, O)
+        A_, B_, s = _as(A, t), _as(B, t), _as(scale, t)
+        grad_d = None
+        if row_scale is not None:
+            if need_d:
+                u = kept.reshape(g.shape)
+                grad_d = (g * u).sum(0, dtype=torch.promote_types(t, torch.float32))
+                if ctx.kept_is_output:
+                    grad_d = grad_d / _floored(row_scale.to(grad_d.dtype), t)
+                grad_d = grad_d.to(row_scale.dtype)
+            g = g * _as(row_scale, t)
+        factor = s / keep_probability(ctx.dropout) if ctx.dropout else s
+        q = (g @ B_).mul_(factor)  # (T, R): the gradient of z A^T
+        if rank_mask is not None:
+            q.mul_(rank_mask)
+        grad_B = (g.t() @ h).to(B.dtype) if need_B else None
+        grad_A = None
+        x2 = x.reshape(-1, x.shape[-1])
+        if need_A:
+            z = dropped(x2, ctx.dropout, ctx.seed) if ctx.dropout else x2
+            grad_A = (q.t() @ z).to(A.dtype)
+            del z
+        grad_x = None
+        if need_x:
+            grad_x = g @ _as(W, t)
+            if ctx.dropout:
+                grad_x.add_(dropped(q @ A_, ctx.dropout, ctx.seed))
+            else:
+                grad_x.addmm_(q, A_)
+            grad_x = grad_x.view(x.shape)
+        return grad_x, None, None, grad_B, grad_A, None, grad_d, None, None, None
+
+
+def _floored(d: Tensor, dtype: torch.dtype) -> Tensor:
+    floor = torch.finfo(dtype).tiny ** 0.5
+    return torch.where(d.abs() < floor, floor, d)
+
+
+def row_square_after_update(
+    row_square: Tensor,  # (O,)  |W|_row^2
+    WA: Tensor,  # (O, R)  W A^T
+    B: Tensor,  # (O, R)
+    A: Tensor,  # (R, I)
+    scale: Tensor,  # 0-d
+) -> Tensor:
+    """|W + s B A|_row^2 = |W|_row^2 + 2 s rowsum(B * (W A^T)) + s^2 rowsum((B (A A^T)) * B). Returns (O,).
+
+    At least fp32; clamped at 0, below which only rounding can bring it.
+    """
+    t = torch.promote_types(row_square.dtype, torch.float32)
+    B, A, s = B.to(t), A.to(t), scale.to(t)
+    cross = (WA.to(t) * B).sum(1)
+    square = ((B @ (A @ A.t())) * B).sum(1)
+    return (row_square.to(t) + 2 * s * cross + s * s * square).clamp_min(0)

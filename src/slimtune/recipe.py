@@ -1,0 +1,149 @@
+"""The noun `Recipe`: a method as data."""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from .compositions import Additive, Composition
+from .errors import StructureError
+from .structures import Structure
+
+__all__ = ["Recipe", "matches"]
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a module name is `pattern`, ends in `.pattern`, or fits it as a glob in one of these places."""
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
+
+
+def _subclasses(cls: type) -> dict[str, type]:
+    found = {}
+    for sub in cls.__subclasses__():
+        found[sub.__name__] = sub
+        found.update(_subclasses(sub))
+    return found
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A structure with its options, the composition that applies it, and the scale between them.
+
+    The layer computes `composition(W, s dW)` with s = alpha / R**rank_power, R the structure's rank (1 where it
+    has none).
+
+    Args:
+        structure: the class of dW.
+        options: its keyword options.
+        composition: the class that combines W and dW.
+        composition_options: its keyword options.
+        alpha: numerator of the scale.
+        rank_power: 0 for s = alpha, 1 for LoRA's alpha / R, 0.5 for rsLoRA's alpha / sqrt(R).
+        dropout: probability of dropping an input entry on the branch of the change, while training; 0 <= p < 1.
+        overrides: per layer: {literal name, suffix or glob: {"alpha": ..., <structure option>: ...}}; later
+            entries win.
+        name: the method's name in tables and files.
+        learning_rate: what AdamW usually wants for this method's parameters.
+
+    Raises:
+        StructureError: an option the structure or composition does not have, or a dropout outside [0, 1).
+
+    Example:
+        >>> import slimtune as st
+        >>> recipe = st.Recipe(st.LowRank, {"rank": 4}, st.Magnitude, alpha=8.0, rank_power=1.0)
+        >>> st.Recipe.from_dict(recipe.to_dict()) == recipe
+        True
+    """
+
+    structure: type[Structure]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    composition: type[Composition] = Additive
+    composition_options: Mapping[str, Any] = field(default_factory=dict)
+    alpha: float = 1.0
+    rank_power: float = 0.0
+    dropout: float = 0.0
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    name: str = "custom"
+    learning_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dropout < 1:
+            raise StructureError(f"{self.name}: dropout must be in [0, 1), got {self.dropout!r}")
+        _check_options(self.structure, self.options, self.name)
+        _check_options(self.composition, self.composition_options, self.name)
+        for pattern, changes in self.overrides.items():
+            options = {k: v for k, v in changes.items() if k != "alpha"}
+            _check_options(self.structure, options, f"{self.name}, override {pattern!r}")
+
+    def for_layer(self, layer: str) -> Recipe:
+        """This recipe with the overrides that match a layer's name applied and dropped."""
+        alpha, options = self.alpha, dict(self.options)
+        for pattern, changes in self.overrides.items():
+            if matches(layer, pattern):
+                changes = dict(changes)
+                alpha = changes.pop("alpha", alpha)
+                options.update(changes)
+        return replace(self, alpha=alpha, options=options, overrides={})
+
+    def scale(self, rank: int | None) -> float:
+        """s = alpha / rank**rank_power."""
+        return self.alpha / (rank or 1) ** self.rank_power
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data; classes by name."""
+        return {
+            "name": self.name,
+            "structure": self.structure.__name__,
+            "options": dict(self.options),
+            "composition": self.composition.__name__,
+            "composition_options": dict(self.composition_options),
+            "alpha": self.alpha,
+            "rank_power": self.rank_power,
+            "dropout": self.dropout,
+            "overrides": {k: dict(v) for k, v in self.overrides.items()},
+            "learning_rate": self.learning_rate,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """The inverse of `to_dict`. Only classes already defined are found; nothing is imported.
+
+        Raises:
+            StructureError: an unknown class, or fields that are missing, extra or of the wrong type.
+        """
+        data = dict(data)
+        known = inspect.signature(cls).parameters
+        if extra := set(data) - set(known):
+            raise StructureError(f"recipe: unknown field {sorted(extra)[0]!r}; known: {', '.join(known)}")
+        for key, family in (("structure", Structure), ("composition", Composition)):
+            table = {n: c for n, c in _subclasses(family).items() if not inspect.isabstract(c)}
+            if not isinstance(data.get(key), str) or data[key] not in table:
+                raise StructureError(f"recipe: unknown {key} {data.get(key)!r}; known: {', '.join(sorted(table))}")
+            data[key] = table[data[key]]
+        for key in ("options", "composition_options", "overrides"):
+            if not isinstance(data.get(key, {}), Mapping):
+                raise StructureError(f"recipe: {key} must be a table, got {type(data[key]).__name__}")
+        for pattern, changes in data.get("overrides", {}).items():
+            if not isinstance(changes, Mapping):
+                raise StructureError(f"recipe: override {pattern!r} must be a table, got {type(changes).__name__}")
+        for key in ("alpha", "rank_power", "dropout", "learning_rate"):
+            value = data.get(key, 0.0)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise StructureError(f"recipe: {key} must be a number, got {value!r}")
+        if not isinstance(data.get("name", ""), str):
+            raise StructureError(f"recipe: name must be a string, got {data['name']!r}")
+        return cls(**data)
+
+
+def _check_options(cls: type, options: Mapping[str, Any], where: str) -> None:
+    known = [
+        p.name
+        for p in inspect.signature(cls).parameters.values()
+        if p.kind is p.KEYWORD_ONLY and p.name not in ("device", "dtype")
+    ]
+    for key in options:
+        if key not in known:
+            raise StructureError(f"{where}: {cls.__name__} has no option {key!r}; it has {', '.join(known) or 'none'}")
