@@ -14,7 +14,9 @@ import pytest
 import slimtune
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+sys.path.insert(0, str(ROOT / "tools"))
+import tables  # noqa: E402
+
 CORE = sorted(
     name
     for _, name, _ in pkgutil.walk_packages(slimtune.__path__, "slimtune.")
@@ -28,12 +30,12 @@ def test_docstring_examples(name: str) -> None:
     assert result.failed == 0
 
 
-def test_table_of_methods_is_generated() -> None:
-    made = subprocess.run(
-        [sys.executable, ROOT / "tools" / "methods_table.py"], capture_output=True, text=True, check=True
-    ).stdout
-    shown = README.partition("<!-- methods:begin -->\n")[2].partition("<!-- methods:end -->")[0]
-    assert shown == made, "run python tools/methods_table.py --write"
+@pytest.mark.parametrize("name", tables.PLACES)
+def test_tables_are_generated(name: str) -> None:
+    page, table = tables.PLACES[name]
+    assert tables.block(name).findall(page.read_text(encoding="utf-8")) == [table()], (
+        "run tools/tables.py --write"
+    )
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/concepts.md"])

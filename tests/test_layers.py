@@ -16,7 +16,7 @@ LAYERS = [
     {"layers", "initialisers", "resize"},  # where they live
     {"adapt", "calibrate", "compress", "convert"},  # verbs
     {"recipes", "allocate", "groups", "controllers", "models", "contrib"},  # the field
-    {"io", "hf"},  # files and the ecosystem
+    {"io", "peft_format", "hf"},  # files and the ecosystem
     {"app", "cli", "__main__"},  # the application
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

@@ -1,0 +1,63 @@
+"""Tables of the documentation that are made from the code: print them, or `--write` them between their markers."""
+
+import inspect
+import re
+import sys
+from pathlib import Path
+
+from pydantic_core import PydanticUndefined
+
+from slimtune.app.config import TrainConfig
+from slimtune.recipes import RECIPES
+
+ROOT = Path(__file__).parents[1]
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def methods() -> str:
+    """A row per recipe: the first paragraph of its docstring (the formula), its options with their defaults, its
+    learning rate, and the first sentence of the second paragraph (the source)."""
+    rows = []
+    for name, recipe in sorted(RECIPES.items()):
+        formula, source, *_ = (
+            " ".join(p.split()) for p in re.split(r"\n\s*\n", inspect.getdoc(recipe) or "")
+        )
+        paper = re.split(r"(?<! al)(?<! eq)\. ", source)[0].rstrip(".")
+        paper = re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[\g<0>](https://arxiv.org/abs/\1)", paper)
+        options = ", ".join(
+            f"`{p.name}`" if p.default is None else f"`{p.name}={p.default}`"
+            for p in inspect.signature(recipe).parameters.values()
+        )
+        rows.append([f"`{name}`", formula.rstrip("."), options, f"{recipe().learning_rate:g}", paper])
+    return markdown(["method", "effective weight", "options", "learning rate", "source"], rows)
+
+
+def config() -> str:
+    """A row per key of a training run's configuration."""
+    rows = []
+    for name, field in TrainConfig.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        shown = "required" if default is PydanticUndefined else "" if default is None else f"`{default}`"
+        rows.append([f"`{name}`", shown, field.description or ""])
+    return markdown(["key", "default", "meaning"], rows)
+
+
+PLACES = {"methods": (ROOT / "README.md", methods), "config": (ROOT / "docs" / "cli.md", config)}
+
+
+def block(name: str) -> re.Pattern[str]:
+    """What stands between the markers of a table."""
+    return re.compile(rf"(?<=<!-- {name}:begin -->\n).*?(?=<!-- {name}:end -->)", re.DOTALL)
+
+
+if __name__ == "__main__":
+    for name, (page, table) in PLACES.items():
+        if sys.argv[1:] == ["--write"]:
+            text = page.read_text(encoding="utf-8")
+            page.write_text(block(name).sub(lambda _, table=table: table(), text), encoding="utf-8")
+        else:
+            print(table())
