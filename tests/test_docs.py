@@ -33,17 +33,20 @@ def test_docstring_examples(name: str) -> None:
 @pytest.mark.parametrize("name", tables.PLACES)
 def test_tables_are_generated(name: str) -> None:
     page, table = tables.PLACES[name]
-    assert tables.block(name).findall(page.read_text(encoding="utf-8")) == [table()], (
-        "run tools/tables.py --write"
-    )
+    assert tables.block(name).findall(page.read_text(encoding="utf-8")) == [table()], "run tools/tables.py --write"
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    listed = re.findall(r"^::: slimtune\.(\S+)", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.M)
+    listed = {name.rpartition(".")[2] for name in listed} | set(vars(slimtune.errors))
+    modules = {"errors", "io", "ops", "recipes"}
+    assert set(slimtune.__all__) <= listed | modules
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/concepts.md"])
 def test_python_blocks_run(page: str, tmp_path: Path) -> None:
     """The Python blocks of a page, in order, as one script in an empty folder."""
-    code = "\n".join(
-        re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.M | re.S)
-    )
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.M | re.S))
     assert code
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
