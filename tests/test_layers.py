@@ -33,9 +33,7 @@ def imported(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             parent = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*parent, *([node.module] if node.module else [])])
-            yield from (
-                (f"{module}.{alias.name}" for alias in node.names) if module == "slimtune" else (module,)
-            )
+            yield from ((f"{module}.{alias.name}" for alias in node.names) if module == "slimtune" else (module,))
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(SOURCE).as_posix())
