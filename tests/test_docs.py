@@ -70,6 +70,24 @@ def test_yaml_blocks_are_valid_configs(tmp_path: Path, monkeypatch: pytest.Monke
         load_config("config.yaml")
 
 
+def test_commands_parse() -> None:
+    import typer.main
+
+    from slimtune.cli import app
+
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    pages = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))
+    lines = [
+        line
+        for page in pages
+        for line in re.findall(r"^\$ slimtune (.*?)\s*(?:#.*)?$", page.read_text(encoding="utf-8"), re.M)
+    ]
+    assert lines
+    for line in lines:
+        verb, *arguments = line.split()
+        commands[verb].make_context(verb, arguments)
+
+
 def test_links_between_pages_lead_somewhere() -> None:
     for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
