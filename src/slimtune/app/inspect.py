@@ -1,0 +1,206 @@
+"""What is in an adapter, a run or a model folder: sizes, ranks and norms per layer."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slimtune.app.loading import find, load_run
+from slimtune.errors import FileFormatError, SlimtuneError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer, or one module trained in full.
+
+    Attributes:
+        norm: Frobenius norm of dW = W' - W.
+        relative: norm over that of W.
+        stable_rank: |dW|_F^2 / |dW|_2^2, at most the rank.
+    """
+
+    name: str
+    method: str
+    rank: int | None
+    parameters: int
+    bytes: int
+    norm: float | None = None
+    relative: float | None = None
+    stable_rank: float | None = None
+
+
+@dataclass
+class Inspection:
+    """A folder's contents; `str()` is a table. Norms are None where the base is not at hand (`notes` says why)."""
+
+    path: str
+    kind: str
+    base: str | None
+    rows: list[Row]
+    parameters: int
+    bytes: int
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        """The same as JSON text."""
+        return json.dumps(asdict(self), indent=1)
+
+    def print(self) -> None:
+        """The table on the terminal, as wide as it is."""
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+        for i, head in enumerate(HEADS):
+            table.add_column(head, justify="left" if i < 2 else "right", overflow="fold" if i == 0 else "ellipsis")
+        for row in self.rows:
+            table.add_row(*map(escape, _cells(row)))
+        console = Console(soft_wrap=False, highlight=False)
+        console.print(table)
+        console.print("\n".join(map(escape, self._summary())))
+
+    def __str__(self) -> str:
+        table = [HEADS, *(_cells(row) for row in self.rows)]
+        widths = [max(len(line[i]) for line in table) for i in range(len(HEADS))]
+        lines = [
+            "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+            for line in table
+        ]
+        return "\n".join([*(line.rstrip() for line in lines), *self._summary()])
+
+    def _summary(self) -> list[str]:
+        base = f" on {self.base}" if self.base else ""
+        return [f"{self.kind}{base}: {self.parameters:,} parameters, {self.bytes:,} bytes", *self.notes]
+
+
+HEADS = ("layer", "method", "rank", "parameters", "bytes", "|dW|", "|dW|/|W|", "stable rank")
+
+
+def inspect(path: str | Path, model: str | None = None) -> Inspection:
+    """Describe a run, adapter or model folder.
+
+    Args:
+        model: the base model, if not the one the folder names.
+
+    Raises:
+        ConfigError: not such a folder.
+        FileFormatError: damaged files.
+    """
+    place = find(path)
+    if place.kind == "model":
+        return _inspect_model(place.folder, str(path))
+    return _inspect_adapter(place.folder, str(path), model)
+
+
+def _inspect_adapter(folder: Path, path: str, model: str | None) -> Inspection:
+    from slimtune import io
+
+    description, tensors, manifest = io.read_description(folder)
+    notes: list[str] = []
+    measured: dict[str, tuple[float, float, float]] = {}
+    try:
+        loaded = load_run(path, model)
+        measured = changes(loaded.model)
+        notes += loaded.warnings
+    except SlimtuneError as error:
+        notes.append(f"no norms: the base model is not at hand ({error})")
+    rows = []
+    for name, entry in description.layers.items():
+        own = [t for key, t in tensors.items() if key.startswith((f"{name}.structure.", f"{name}.composition."))]
+        norms = measured.get(name, (None, None, None))
+        rows.append(Row(name, entry.recipe.name, entry.recipe.options.get("rank"), *_size(own), *norms))
+    for name in description.saved:
+        own = [t for key, t in tensors.items() if key.startswith(f"{name}.saved.")]
+        rows.append(Row(name, "full", None, *_size(own), *measured.get(name, (None, None, None))))
+    base = (manifest or {}).get("base") or {}
+    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    total = sum(row.parameters for row in rows)
+    return Inspection(path, "adapter", model or base.get("name_or_path"), rows, total, size, notes)
+
+
+def _inspect_model(folder: Path, path: str) -> Inspection:
+    rows = []
+    for key, tensor in _tensors(folder):
+        kind, (count, size) = str(tensor.dtype).removeprefix("torch."), _size([tensor])
+        rank = _stable_rank(tensor.float().flatten(1)) if tensor.dim() > 1 else None
+        rows.append(Row(key, kind, None, count, size, float(tensor.float().norm()), None, rank))
+    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    notes = ["|dW| and the stable rank are of the weight itself"]
+    return Inspection(path, "model", None, rows, sum(row.parameters for row in rows), size, notes)
+
+
+def finite_tensors(folder: Path) -> tuple[int, list[str]]:
+    """How many numbers a model folder holds, and the names of tensors with some that are not finite."""
+    count, bad = 0, []
+    for key, tensor in _tensors(folder):
+        count += tensor.numel()
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            bad.append(key)
+    return count, bad
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of everything in the safetensors files of a folder, one at a time."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(str(file), "pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118
+                    yield key, tensors.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise FileFormatError(f"{file}: not a readable safetensors file ({error})") from None
+
+
+def _size(tensors: list[Tensor]) -> tuple[int, int]:
+    return sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors)
+
+
+def changes(model: nn.Module, ranks: bool = True) -> dict[str, tuple[float, float, float]]:
+    """(|dW|, |dW| / |W|, stable rank of dW) of every adapted layer; without `ranks` the last is 0, which is faster."""
+    import torch
+
+    from slimtune.adapt import hosts
+
+    found = {}
+    with torch.no_grad():
+        for name, host in hosts(model).items():
+            before = host.layout(host).weight().float()
+            change = host.map().weight().float() - before
+            norm = float(change.norm())
+            found[name] = (norm, norm / max(float(before.norm()), 1e-30), _stable_rank(change) if ranks else 0.0)
+    return found
+
+
+def _stable_rank(matrix: Tensor) -> float:
+    """|M|_F^2 / |M|_2^2, the spectral norm by a randomised SVD from a fixed seed; 0 for M = 0."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        top = float(torch.svd_lowrank(matrix, q=min(6, *matrix.shape), niter=4)[1].max())
+    return float(matrix.square().sum()) / top**2 if top > 0 and math.isfinite(top) else 0.0
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    def text(value: Any, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    return (
+        row.name,
+        row.method,
+        text(row.rank, "d"),
+        f"{row.parameters:,}",
+        f"{row.bytes:,}",
+        text(row.norm, ".4g"),
+        text(row.relative, ".2%"),
+        text(row.stable_rank, ".2f"),
+    )

@@ -1,0 +1,66 @@
+"""The methods there are, read from the recipes themselves."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """One recipe: `formula` and `source` are the first two paragraphs of its docstring.
+
+    Attributes:
+        options: (name, default, meaning) of every option.
+        learning_rate: its own default for AdamW.
+    """
+
+    name: str
+    formula: str
+    source: str
+    options: list[tuple[str, str, str]]
+    learning_rate: float
+
+
+def methods() -> list[MethodInfo]:
+    """Every recipe, by name."""
+    from slimtune.recipes import RECIPES
+
+    found = []
+    for name, recipe in sorted(RECIPES.items()):
+        text = inspect.getdoc(recipe) or ""
+        formula, source, *_ = [" ".join(p.split()) for p in re.split(r"\n\s*\n", text)] + ["", ""]
+        meanings = {
+            m[1]: " ".join(m[2].split()) for m in re.finditer(r"(?ms)^    (\w+): (.*?)(?=^    \w+: |^\S|\Z)", text)
+        }
+        options = [
+            (p.name, "-" if p.default is None else str(p.default), meanings.get(p.name, ""))
+            for p in inspect.signature(recipe).parameters.values()
+        ]
+        found.append(MethodInfo(name, formula.rstrip("."), source, options, recipe().learning_rate))
+    return found
+
+
+def text(name: str | None = None) -> str:
+    """One line per method; with `name` that method in full.
+
+    Raises:
+        ConfigError: no such method (with the nearest).
+    """
+    from slimtune.app.rules import WHOLE_MODEL, suggest
+    from slimtune.errors import ConfigError
+
+    known = {info.name: info for info in methods()}
+    if name is None:
+        width = max(map(len, [*known, *WHOLE_MODEL]))
+        lines = [f"{info.name:<{width}}  {info.formula}" for info in known.values()]
+        lines += [f"{'full':<{width}}  every weight", f"{'head':<{width}}  only modules_to_save (the task head)"]
+        return "\n".join([*lines, "", "slimtune methods NAME: its options and source"])
+    if name not in known:
+        raise ConfigError(f"no method '{name}'{suggest(name, known)} (known: {', '.join(known)})")
+    info = known[name]
+    widths = [max(len(option[i]) for option in info.options) for i in (0, 1)]
+    lines = [f"  {n:<{widths[0]}}  {default:<{widths[1]}}  {meaning}".rstrip() for n, default, meaning in info.options]
+    head = [f"{info.name}: {info.formula}", info.source, "", f"learning_rate {info.learning_rate:g} (AdamW)"]
+    return "\n".join([*head, "method_options:", *lines])

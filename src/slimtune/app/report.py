@@ -1,0 +1,390 @@
+"""`report.html`: one page about one run, made from the files in its folder and from nothing else."""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timezone
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from slimtune.app import plots
+from slimtune.app.record import Record, metric_value, number, read_record
+from slimtune.app.verdict import Score, Verdict, judge, say
+from slimtune.errors import SlimtuneError
+
+STATES = {  # state -> (words, colour class, what it means)
+    "finished": ("finished", "good", ""),
+    "interrupted": ("interrupted", "warn", "This run was interrupted; the same command continues it."),
+    "stopped": ("stopped early", "warn", "This run stopped before its last step."),
+    "running": (
+        "not finished",
+        "warn",
+        "This run has not ended: it is still going, or was killed; the same command continues it.",
+    ),
+    "diverged": ("diverged", "bad", "The loss or a gradient stopped being finite and the run was stopped."),
+    "empty": ("nothing yet", "warn", "This folder holds no training steps yet."),
+}
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write ``report.html`` and, where matplotlib is installed, ``plots/*.png`` into a run folder.
+
+    Reads config.yaml, events.jsonl, metrics.json and ranks.json; whatever is missing or torn is named on the page.
+    The page is one file: no script, no request, light and dark.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        SlimtuneError: `run_dir` is not a folder, or cannot be written to.
+    """
+    run = Path(run_dir)
+    if not run.is_dir():
+        raise SlimtuneError(f"report: no run folder at {run}")
+    record = read_record(run)
+    page = run / "report.html"
+    temporary = run / ".report.html.tmp"
+    try:
+        temporary.write_text(_page(record, judge(record)), encoding="utf-8")
+        os.replace(temporary, page)
+    except OSError as error:
+        raise SlimtuneError(f"cannot write {page}: {error.strerror}") from error
+    return page
+
+
+def _page(record: Record, verdict: Verdict) -> str:
+    style = (files("slimtune.app") / "report.css").read_text(encoding="utf-8")
+    body = "\n".join(
+        part
+        for part in (
+            _header(record, verdict),
+            _problems(record),
+            _tiles(record),
+            _scores(verdict),
+            _plots(record, verdict.metric),
+            _evaluations(record, verdict.metric),
+            _layers(record),
+            _timeline(record),
+            _use(record),
+            _config(record),
+        )
+        if part
+    )
+    now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
+        'img-src data:">\n<link rel="icon" href="data:,">\n'
+        f"<title>{escape(_title(record))}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n{body}\n"
+        f"<footer>Written by slimtune, {now}, from the files of this run folder.</footer>\n"
+        "</main>\n</body>\n</html>\n"
+    )
+
+
+def _title(record: Record) -> str:
+    method = record.config.get("method") or record.metrics.get("method") or "run"
+    return f"{method} · {record.path.resolve().name} · slimtune"
+
+
+def _header(record: Record, verdict: Verdict) -> str:
+    words, color, meaning = STATES[record.state]
+    config = record.config
+    model = config.get("model_name_or_path") or config.get("model_factory")
+    about = [record.path.resolve().name, config.get("task"), model, config.get("dataset_name")]
+    eyebrow = "".join(f"<span>{escape(_short(item))}</span>" for item in about if item)
+    lines = [meaning, *verdict.details]
+    sub = "".join(f'<p class="sub">{escape(line)}</p>' for line in lines if line)
+    return (
+        f'<header>\n<div class="eyebrow">{eyebrow}<span class="state {color}">{words}</span></div>\n'
+        f"<h1>{escape(verdict.sentence)}</h1>\n{sub}\n</header>"
+    )
+
+
+def _problems(record: Record) -> str:
+    notes = [note for note in record.problems if record.state == "finished" or "is missing" not in note]
+    stops = [e for e in record.timeline if e["kind"] == "stop" and record.state in ("diverged", "stopped")]
+    notes = [_words(event) for event in stops[-1:]] + notes
+    if not notes:
+        return ""
+    items = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    return f'<div class="card note"><b>Notes</b><ul>{items}</ul></div>'
+
+
+def _tiles(record: Record) -> str:
+    m = record.metrics
+    trainable, total = number(m.get("trainable_parameters")), number(m.get("total_parameters"))
+    tiles: list[tuple[str, str, str]] = []
+    if trainable is not None:
+        share = f"{_percent(trainable / total)} of {_count(total)}" if total else ""
+        tiles.append(("Trainable parameters", f"{trainable:,.0f}", share))
+    if (size := number(m.get("adapter_bytes"))) is not None:
+        tiles.append(("File", _bytes(size), f"{size:,.0f} bytes"))
+    if (seconds := number(m.get("train_runtime"))) is not None:
+        each = number(m.get("seconds_per_step"))
+        tiles.append(("Training time", _duration(seconds), f"{each:.3g} s per step" if each else ""))
+    steps = number(m.get("steps")) or float(record.step)
+    if steps:
+        tiles.append(("Steps", f"{steps:,.0f}", _epochs(record)))
+    if (peak := number(m.get("peak_memory_bytes"))) is not None:
+        tiles.append(("Peak memory", _bytes(peak), "of the process" if m.get("device", "cpu") == "cpu" else ""))
+    if not tiles:
+        return ""
+    cells = "".join(
+        f'<div class="card tile"><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(note)}</small></dd></div>'
+        for name, value, note in tiles
+    )
+    return f'<dl class="tiles">{cells}</dl>'
+
+
+def _epochs(record: Record) -> str:
+    epochs = [
+        e
+        for event in (*record.logs, *record.evaluations, *record.timeline)
+        if (e := number(event.get("epoch"))) is not None
+    ]
+    return f"{max(epochs):.3g} epochs" if epochs else ""
+
+
+def _scores(verdict: Verdict) -> str:
+    if not verdict.scores:
+        return ""
+    low, high = _scale(verdict.scores)
+    rows = "".join(_score(score, low, high) for score in verdict.scores)
+    ends = f"<span>{low:.4g}</span><span>{high:.4g}</span>"
+    scale = f'<div class="score"><span class="scale">{ends}</span></div>'
+    metric = f"{verdict.metric}, with 95 % intervals" if any(s.ends for s in verdict.scores) else verdict.metric
+    return f'<h2>Score</h2>\n<div class="card scores"><p class="sub">{escape(metric or "")}</p>{rows}{scale}</div>'
+
+
+def _scale(scores: Sequence[Score]) -> tuple[float, float]:
+    """Ends of a scale that holds every interval: whole tenths for scores, else 5 % of room on both sides."""
+    values = [v for s in scores for v in (s.value, *(s.ends or ()))]
+    low, high = min(values), max(values)
+    if low >= -1 and high <= 1:
+        return math.floor(10 * low - 0.2) / 10, math.ceil(10 * high + 0.2) / 10
+    room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - room, high + room
+
+
+def _score(score: Score, low: float, high: float) -> str:
+    def place(value: float) -> float:
+        return 100 * (value - low) / (high - low)
+
+    band = text = ""
+    if score.ends:
+        start, end = (place(v) for v in score.ends)
+        band = f'<span class="range" style="left:{start:.2f}%;width:{end - start:.2f}%"></span>'
+        text = f' <span class="sub">({say(score.ends[0])} to {say(score.ends[1])})</span>'
+    n = f' <span class="sub">n = {score.n:,}</span>' if score.n else ""
+    return (
+        f'<div class="score"><span>{escape(score.name)}{n}</span>'
+        f'<span class="track">{band}<span class="dot" style="left:{place(score.value):.2f}%"></span></span>'
+        f"<span><b>{say(score.value)}</b>{text}</span></div>"
+    )
+
+
+def _figure(record: Record, figure: plots.Figure) -> str:
+    """A card with one figure; empty where matplotlib is missing."""
+    try:
+        svg = plots.draw(figure, record.path / "plots" / f"{figure.name}.png")
+    except ImportError:
+        return ""
+    return f'<figure class="card"><figcaption>{escape(figure.title)}</figcaption>{svg}</figure>'
+
+
+def _plots(record: Record, metric: str | None) -> str:
+    wanted = plots.curves(record, metric)
+    if not wanted:
+        return ""
+    cards = "\n".join(_figure(record, figure) for figure in wanted).strip()
+    if not cards:
+        return (
+            '<h2>Curves</h2>\n<div class="card"><p class="sub">matplotlib is not installed, so there are tables only. '
+            "For curves: <code>pip install 'slimtune[plot]'</code>, then "
+            f"<code>slimtune report {escape(shlex.quote(_place(record)))}</code>.</p></div>"
+        )
+    return f'<h2>Curves</h2>\n<div class="plots">\n{cards}\n</div>'
+
+
+def _evaluations(record: Record, metric: str | None) -> str:
+    if not record.evaluations:
+        return ""
+    names = dict.fromkeys(name for name in (metric, "loss") if name)
+    skipped = {"time", "step", "kind", "epoch"}
+    for event in record.evaluations:
+        for key in event:
+            name = key.removeprefix("eval_")
+            if key not in skipped and number(event[key]) is not None and not _is_cost(name):
+                names.setdefault(name)
+    rows = [
+        [f"{event['step']:,}", *(_cell(metric_value(event, name)) for name in names)] for event in record.evaluations
+    ]
+    table = _table(["step", *names], rows, numeric=range(len(names) + 1))
+    return f'<h2>Evaluations</h2>\n<div class="card scroll">{table}</div>'
+
+
+def _is_cost(name: str) -> bool:
+    return name.endswith(("runtime", "per_second", "samples", "time"))
+
+
+def _cell(value: float | None) -> str:
+    return "–" if value is None else say(value)
+
+
+def _layers(record: Record) -> str:
+    if not record.ranks:
+        return ""
+    largest = max((number(row.get("parameters")) or 0.0 for row in record.ranks), default=0.0) or 1.0
+    body = ""
+    for row in record.ranks:
+        count = number(row.get("parameters")) or 0.0
+        rank = number(row.get("rank"))
+        body += (
+            f'<tr><td class="name">{escape(str(row["name"]))}</td><td class="n">{"–" if rank is None else f"{rank:g}"}'
+            f'</td><td class="n">{count:,.0f}</td><td class="share">'
+            f'<span class="bar" style="width:{100 * count / largest:.1f}%"></span></td></tr>'
+        )
+    head = '<tr><th>layer</th><th class="n">rank</th><th class="n">parameters</th><th></th></tr>'
+    figure = plots.layers(record)
+    card = _figure(record, figure) if figure else ""
+    opened = " open" if len(record.ranks) <= 12 else ""
+    total = sum(number(row.get("parameters")) or 0.0 for row in record.ranks)
+    return (
+        f'<h2>Layers</h2>\n<div class="plots">{card}<details class="card"{opened}><summary>{len(record.ranks)} '
+        f'layers, {total:,.0f} parameters</summary><div class="scroll"><table class="full">{head}{body}</table></div>'
+        "</details></div>"
+    )
+
+
+def _timeline(record: Record) -> str:
+    events = [e for e in record.timeline if e["kind"] != "save"]
+    saves = [e for e in record.timeline if e["kind"] == "save"]
+    if not record.timeline:
+        return ""
+    if saves:
+        events.append(saves[-1])
+    events.sort(key=lambda e: number(e.get("time")) or 0.0)
+    start = number(record.timeline[0].get("time"))
+    rows = []
+    for event in events:
+        now = number(event.get("time"))
+        after = "" if now is None or start is None else f"+{_duration(now - start)}"
+        words = f"last of {len(saves)}: {_words(event)}" if event["kind"] == "save" else _words(event)
+        rows.append([after, f"{event['step']:,}", str(event["kind"]), words])
+    table = _table(["time", "step", "event", ""], rows, numeric=(1,))
+    return f'<h2>Timeline</h2>\n<div class="card scroll timeline">{table}</div>'
+
+
+SHOWN = ("reason", "path", "max_steps", "train_examples")  # fields of an event that the timeline tells
+
+
+def _words(event: dict[str, Any]) -> str:
+    """What an event says beyond its time, step and kind, in one line."""
+    parts = []
+    for key in SHOWN:
+        if (value := event.get(key)) is not None:
+            unit = key.removeprefix("max_").replace("_", " ")
+            parts.append(str(value) if isinstance(value, str) else f"{value:,} {unit}" if number(value) else "")
+    return _short("; ".join(filter(None, parts)), 300)
+
+
+def _use(record: Record) -> str:
+    run = shlex.quote(_place(record))
+    adapter = (record.path / "adapter").is_dir()
+    blocks = [
+        ("Run it again, or continue it", f"slimtune train --config {shlex.quote(_place(record) + '/config.yaml')}")
+    ]
+    if record.state == "finished":
+        blocks += [
+            ("Check the files, and that they change the model", f"slimtune verify {run}"),
+            ("See ranks, sizes and norms per layer", f"slimtune inspect {run}"),
+        ]
+        if adapter:
+            out = shlex.quote(_place(record) + "-merged")
+            blocks.append(("Write it into the base model's weights", f"slimtune merge {run} --output {out}"))
+        code = (
+            f"from slimtune.app.loading import load_run\n\nrun = load_run({_place(record)!r})\n"
+            "model, processing = run.model, run.processing  # adapted, in eval mode; the tokenizer or image settings"
+        )
+        blocks.append(("Load it in Python", code))
+    body = "".join(f"<p>{escape(title)}</p><pre>{escape(text)}</pre>" for title, text in blocks)
+    return f'<h2>Use it</h2>\n<div class="card use">{body}</div>'
+
+
+def _config(record: Record) -> str:
+    if not record.config:
+        return ""
+    rows = [[key, _value(value)] for key, value in record.config.items()]
+    body = "".join(
+        f'<tr><td class="name">{escape(str(key))}</td><td class="name">{escape(value)}</td></tr>' for key, value in rows
+    )
+    return (
+        '<h2>Configuration</h2>\n<details class="card"><summary>All '
+        f'{len(rows)} settings, as resolved</summary><div class="scroll"><table class="full">{body}</table></div>'
+        "</details>"
+    )
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numeric: Iterable[int] = ()) -> str:
+    numeric = set(numeric)
+    marks = [' class="n"' if i in numeric else "" for i in range(len(head))]
+    first = "".join(f"<th{mark}>{escape(name)}</th>" for mark, name in zip(marks, head, strict=True))
+    body = "".join(
+        "<tr>" + "".join(f"<td{mark}>{escape(cell)}</td>" for mark, cell in zip(marks, row, strict=True)) + "</tr>"
+        for row in rows
+    )
+    return f"<table><tr>{first}</tr>{body}</table>"
+
+
+def _place(record: Record) -> str:
+    """The run folder as its configuration names it, when that is where it lies."""
+    named = record.config.get("output_dir")
+    if isinstance(named, str) and Path(named).name == record.path.resolve().name:
+        return named.rstrip("/")
+    return str(record.path)
+
+
+def _short(value: Any, limit: int = 80) -> str:
+    text = str(value)
+    return text if len(text) <= limit else "…" + text[-limit + 1 :] if os.sep in text else text[: limit - 1] + "…"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"
+
+
+def _count(value: float) -> str:
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g} {letter}"
+    return f"{value:.0f}"
+
+
+def _bytes(value: float) -> str:
+    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.0f} B"
+
+
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    if whole < 1:
+        return f"{max(seconds, 0):.1g} s"
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    parts = [(hours, "h"), (minutes, "min"), (rest, "s")]
+    return " ".join(f"{n} {unit}" for n, unit in [p for p in parts if p[0]][:2])
