@@ -22,7 +22,7 @@ import torch
 from bench import compiled, memory, parity, report, small
 from bench.cases import CASES
 from bench.model import COLUMNS, DTYPES, SIZES, Size, build
-from bench.timing import clock_for, interleave, ratios, spread, step
+from bench.timing import clock_for, interleave, keep_freed_memory, ratios, spread, step
 
 __all__ = ["main"]
 
@@ -31,9 +31,7 @@ MEASURES = ("step", "memory", "lifecycle", "call", "startup", "compile")
 DEFAULT_MEASURES = MEASURES[:-1]
 
 
-def measure_step(
-    method: str, size: Size, dtype: str, device: str, rounds: int, wanted: list[str]
-) -> dict[str, Any]:
+def measure_step(method: str, size: Size, dtype: str, device: str, rounds: int, wanted: list[str]) -> dict[str, Any]:
     """Forward, backward and optimizer of every column, as ratios to the limit's neighbouring steps."""
     clock = clock_for(device)
     columns = {name: build(name, method, size, dtype, device) for name in wanted}
@@ -87,16 +85,12 @@ def measure_lifecycle(method: str, size: Size, dtype: str, device: str, wanted: 
     return {c: small.lifecycle(c, method, size, dtype, device) for c in wanted if c != "limit"}
 
 
-def measure_compile(
-    method: str, size: Size, dtype: str, device: str, rounds: int, wanted: list[str]
-) -> dict[str, Any]:
+def measure_compile(method: str, size: Size, dtype: str, device: str, rounds: int, wanted: list[str]) -> dict[str, Any]:
     result = {"limit": _compiled_limit(size, dtype, device, rounds)}
     limit = build("limit", method, size, dtype, device)
     for name in wanted:
         if name != "limit":
-            result[name] = compiled.compiled_step(
-                limit, build(name, method, size, dtype, device), rounds, device
-            )
+            result[name] = compiled.compiled_step(limit, build(name, method, size, dtype, device), rounds, device)
     return result
 
 
@@ -120,9 +114,7 @@ def _cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def keep(path: Path, measures: dict[str, Any], made: dict[str, Any], **about: Any) -> None:
@@ -138,12 +130,8 @@ def keep(path: Path, measures: dict[str, Any], made: dict[str, Any], **about: An
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--methods", default=",".join(CASES), help="comma separated; default: every row of cases.py"
-    )
-    parser.add_argument(
-        "--dtype", default="fp32,bf16", help="fp32, bf16 or both, comma separated (default: both)"
-    )
+    parser.add_argument("--methods", default=",".join(CASES), help="comma separated; default: every row of cases.py")
+    parser.add_argument("--dtype", default="fp32,bf16", help="fp32, bf16 or both, comma separated (default: both)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--size", choices=SIZES, help="default: the device's own")
     for field in fields(Size):
@@ -187,6 +175,7 @@ def measure(options: argparse.Namespace, command: str) -> None:
     device, size = options.device, options.model
     if device == "cpu":
         torch.set_num_threads(1)
+        keep_freed_memory()
     made = {"command": command, "date": datetime.date.today().isoformat(), **environment(device)}
     kind = device.split(":")[0]
     for dtype in options.dtype.split(","):

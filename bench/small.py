@@ -20,9 +20,7 @@ from bench.model import DTYPES, Size, attach, llama
 __all__ = ["lifecycle", "startup", "tiny_call"]
 
 
-def lifecycle(
-    column: str, method: str, size: Size, dtype: str, device: str, repeats: int = 3
-) -> dict[str, Any]:
+def lifecycle(column: str, method: str, size: Size, dtype: str, device: str, repeats: int = 3) -> dict[str, Any]:
     """Median seconds to attach and to merge, and the bytes of the adapter's safetensors file."""
     attach_seconds, merge_seconds, file_bytes = [], [], 0
     for _ in range(repeats + 1):  # the first also pays for imports
@@ -72,9 +70,7 @@ def tiny_call(
 
     `limit_seconds` is the bare layer's own time.
     """
-    layers = {
-        name: _layer(device) if name == "limit" else _adapted_layer(name, method, device) for name in columns
-    }
+    layers = {name: _layer(device) if name == "limit" else _adapted_layer(name, method, device) for name in columns}
     x = torch.randn(1, 8, device=device)
     seconds: dict[str, list[float]] = {name: [] for name in layers}
     with torch.no_grad():
@@ -132,9 +128,7 @@ def _median(measure: Callable[[], float], repeats: int) -> float:
 
 def _import_seconds() -> float:
     code = "import time, torch; a = time.perf_counter(); import slimtune; print(time.perf_counter() - a)"
-    return float(
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    )
+    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
 def _process_seconds(command: list[str], expected: int) -> float:
@@ -142,9 +136,7 @@ def _process_seconds(command: list[str], expected: int) -> float:
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - start
     if run.returncode != expected:
-        raise RuntimeError(
-            f"{' '.join(command)}: exit code {run.returncode}, expected {expected}\n{run.stderr}"
-        )
+        raise RuntimeError(f"{' '.join(command)}: exit code {run.returncode}, expected {expected}\n{run.stderr}")
     return seconds
 
 
