@@ -1,0 +1,1 @@
+"""Layer 5: models and trainers of the Hugging Face ecosystem."""
