@@ -31,9 +31,8 @@ def methods() -> list[MethodInfo]:
     for name, recipe in sorted(RECIPES.items()):
         text = inspect.getdoc(recipe) or ""
         formula, source, *_ = [" ".join(p.split()) for p in re.split(r"\n\s*\n", text)] + ["", ""]
-        meanings = {
-            m[1]: " ".join(m[2].split()) for m in re.finditer(r"(?ms)^    (\w+): (.*?)(?=^    \w+: |^\S|\Z)", text)
-        }
+        entries = re.finditer(r"(?ms)^    (\w+): (.*?)(?=^    \w+: |^\S|\Z)", text)
+        meanings = {entry[1]: " ".join(entry[2].split()) for entry in entries}
         options = [
             (p.name, "-" if p.default is None else str(p.default), meanings.get(p.name, ""))
             for p in inspect.signature(recipe).parameters.values()

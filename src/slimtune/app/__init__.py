@@ -1,0 +1,1 @@
+"""The application: what the command line runs. Every module imports what is heavy inside its functions."""

@@ -1,0 +1,136 @@
+"""The end of a run: the weights to keep, what they score, and everything written down."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import slimtune as st
+from slimtune.app import checkpoint, resume
+from slimtune.app.callbacks import plain
+from slimtune.app.config import TrainConfig
+from slimtune.app.method import Method, trained_rows
+from slimtune.app.setup import write_text
+from slimtune.app.tasks import Task
+from slimtune.app.trainer import SlimTrainer
+from slimtune.app.weights import ADAPTER, MODEL, own_state
+from slimtune.errors import SlimtuneError
+
+
+def measure_base(trainer: SlimTrainer, task: Task, adapter: bool) -> dict[str, Any]:
+    """What the model scores before any training, by split."""
+    with st.disabled(trainer.model) if adapter else contextlib.nullcontext():
+        return {
+            "validation": _evaluate(trainer, task.validation, "base"),
+            "test": _evaluate(trainer, task.test, "base") if task.test is not None else None,
+        }
+
+
+def measure(cfg: TrainConfig, trainer: SlimTrainer, task: Task) -> dict[str, Any]:
+    """The table of metrics.json, from the weights to keep: the best ones if asked for, else the last."""
+    state, step = trainer.run_state, trainer.state.global_step
+    kept = _take_best(trainer) if cfg.load_best_model_at_end else step
+    known = [e for e in trainer.state.log_history if e.get("step") == kept and "eval_loss" in e]
+    if known:
+        validation = {**plain(known[-1]), "samples": len(task.validation)}
+    else:
+        validation = _evaluate(trainer, task.validation, "final")
+    base = state.get("base") or {}
+    return {
+        "task": cfg.task,
+        "metric": task.metric,
+        "base": base.get("validation"),
+        "base_test": base.get("test"),
+        "validation": validation,
+        "test": _evaluate(trainer, task.test, "test") if task.test is not None else None,
+        "best_step": kept if cfg.load_best_model_at_end else None,
+        "steps": step,
+        "train_runtime": round(state.get("train_runtime", 0.0), 3),
+        "seconds_per_step": state.get("step_seconds", 0.0) / max(step, 1),
+        "peak_memory_bytes": _peak_memory(),
+    }
+
+
+def _evaluate(trainer: SlimTrainer, dataset: Any, split: str) -> dict[str, float]:
+    trainer.split = split
+    try:
+        found = plain(trainer.evaluate(dataset))
+    finally:
+        trainer.split = "validation"
+    return {**found, "samples": len(dataset)}
+
+
+def _take_best(trainer: SlimTrainer) -> int:
+    """Load the weights of the best evaluation; returns their step."""
+    step, path = trainer.state.global_step, trainer.best_checkpoint
+    if path is None or trainer.state.best_global_step == step:
+        return step
+    problems = checkpoint.verify(path)
+    if problems:
+        reason = f"the best checkpoint is damaged, the last weights are kept: {'; '.join(problems)}"
+        trainer.events.write("skip", trainer.state.best_global_step, path=path.name, reason=reason)
+        print(f"{path}: {reason}", file=sys.stderr)
+        return step
+    trainer.load(path)
+    return trainer.state.best_global_step
+
+
+def write_results(
+    run: Path, cfg: TrainConfig, task: Task, method: Method, trainer: SlimTrainer, metrics: dict[str, Any]
+) -> Path | None:
+    """Write the final weights, ranks.json, metrics.json and the report; returns the report's path.
+
+    Raises:
+        SlimtuneError: the run folder cannot be written; the checkpoints are not touched.
+    """
+    try:
+        if method.recipe is not None:
+            st.save(trainer.model, run / ADAPTER, base=cfg.model_name_or_path or cfg.model_factory)
+            size = sum(file.stat().st_size for file in (run / ADAPTER).glob("*.safetensors"))
+        else:
+            size = _save_model(trainer, task, run / "model")
+        write_text(run / "ranks.json", json.dumps(trained_rows(trainer.model, method), indent=1))
+        metrics["adapter_bytes"] = size
+        trainer.events.write("end", metrics["steps"], seconds=metrics["train_runtime"])
+        write_text(run / resume.METRICS, json.dumps(metrics | {"info": task.info}, indent=1, default=str))
+    except OSError as error:
+        raise SlimtuneError(f"cannot write the results to {run}: {error.strerror}") from error
+    try:
+        from slimtune.app.report import write_report
+
+        return write_report(run)
+    except ImportError as error:
+        print(f"no report: {error} (pip install 'slimtune[plot]', then slimtune report {run})", file=sys.stderr)
+        return None
+
+
+def _save_model(trainer: SlimTrainer, task: Task, final: Path) -> int:
+    """The whole model, sealed: as transformers stores it, or one safetensors file. Returns the weights' bytes."""
+    from safetensors.torch import save_file
+
+    with checkpoint.failing_clearly(final, final.parent):
+        folder = checkpoint.prepare(final)
+        if hasattr(trainer.model, "save_pretrained"):
+            trainer.model.save_pretrained(folder)
+            if hasattr(task.processing, "save_pretrained"):
+                task.processing.save_pretrained(folder)
+        else:
+            tensors = own_state(trainer.model, [""])
+            save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, str(folder / MODEL))
+        checkpoint.seal(folder, trainer.state.global_step)
+        checkpoint.publish(folder, final)
+    return sum(file.stat().st_size for file in final.glob("*.safetensors"))
+
+
+def _peak_memory() -> int:
+    """Bytes: of the device, or of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

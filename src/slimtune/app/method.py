@@ -1,0 +1,166 @@
+"""From a configuration to an adapted model: the recipe, its options, and the rank that a budget buys."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import slimtune as st
+from slimtune.verbs import saved_modules
+from slimtune.app.config import TrainConfig
+from slimtune.app.rules import suggest
+from slimtune.app.weights import inside
+from slimtune.errors import ConfigError
+from slimtune.recipe import matches
+
+RATES = {"full": 5e-5, "head": 1e-3}  # for AdamW, where no recipe says better
+MAX_RANK = 1 << 16
+
+
+@dataclass(frozen=True)
+class Method:
+    """What trains.
+
+    Attributes:
+        recipe: None for methods without an adapter.
+        whole: names of the modules of which everything trains, running statistics included; "" is the model.
+        learning_rate: the peak rate of everything that has no rate of its own.
+    """
+
+    recipe: st.Recipe | None
+    whole: list[str]
+    learning_rate: float
+
+
+def make_recipe(name: str, options: dict[str, Any]) -> st.Recipe:
+    """The recipe `name` with its options checked against its signature.
+
+    Raises:
+        ConfigError: an option the recipe does not have (with the nearest), or a value it does not take.
+    """
+    function = st.recipes.RECIPES[name]
+    known = inspect.signature(function).parameters
+    for option in options:
+        if option not in known:
+            near = suggest(str(option), known)
+            raise ConfigError(f"method_options: {name} has no option '{option}'{near} (it has {', '.join(known)})")
+    try:
+        return function(**options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"method_options: {name}: {error}") from error
+
+
+def apply_method(cfg: TrainConfig, model: nn.Module, new_head: Sequence[str]) -> Method:
+    """Make the right parameters of `model` trainable, and no others, in place; an adapter is called "default".
+
+    Raises:
+        ConfigError: bad options, a budget below the smallest size, nothing to train.
+        TargetError: targets or modules_to_save that match nothing.
+    """
+    head = list(new_head if cfg.modules_to_save is None else cfg.modules_to_save)
+    if cfg.method == "full":
+        model.requires_grad_(True)
+        return Method(None, [""], cfg.learning_rate or RATES["full"])
+    if cfg.method == "head":
+        return Method(None, _train_only(model, head), cfg.learning_rate or RATES["head"])
+    options = dict(cfg.method_options)
+    if cfg.budget is not None:
+        options["rank"] = fit_rank(cfg, model, cfg.budget)
+    recipe = make_recipe(cfg.method, options)
+    st.adapt(model, recipe, cfg.target_modules, exclude=cfg.exclude_modules, modules_to_save=head)
+    whole = [f"{name}.adapters.default" for name in saved_modules(model, "default")]
+    return Method(recipe, whole, cfg.learning_rate or recipe.learning_rate)
+
+
+def _train_only(model: nn.Module, head: list[str]) -> list[str]:
+    if not head:
+        raise ConfigError("method head trains modules_to_save, but none are named and the task has no head")
+    names = [n for n, _ in model.named_modules() if n and any(matches(n, pattern) for pattern in head)]
+    if not names:
+        raise ConfigError(f"modules_to_save: {head} match nothing in the model")
+    names = [n for n in names if not any(n.startswith(other + ".") for other in names)]
+    model.requires_grad_(False)
+    for name in names:
+        model.get_submodule(name).requires_grad_(True)
+    return names
+
+
+def fit_rank(cfg: TrainConfig, model: nn.Module, budget: int) -> int:
+    """The largest rank whose adapter, without modules_to_save, has at most `budget` parameters; counted on meta.
+
+    Raises:
+        ConfigError: the method has no rank, or rank 1 is already larger than the budget.
+    """
+    if "rank" not in inspect.signature(st.recipes.RECIPES[cfg.method]).parameters:
+        raise ConfigError(f"budget: method {cfg.method} has no rank to choose; set its size in method_options")
+
+    def size(rank: int) -> int:
+        ghost = meta_copy(model)
+        recipe = make_recipe(cfg.method, {**cfg.method_options, "rank": rank})
+        st.adapt(ghost, recipe, cfg.target_modules, exclude=cfg.exclude_modules)
+        return sum(p.numel() for _, p in st.trainable_parameters(ghost))
+
+    smallest = size(1)
+    if smallest > budget:
+        raise ConfigError(
+            f"budget: {budget:,} parameters are too few: {cfg.method} of rank 1 has {smallest:,} on these layers"
+        )
+    low, high = 1, 2
+    while high <= MAX_RANK and _fits(size, high, budget):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if _fits(size, middle, budget) else (low, middle)
+    return low
+
+
+def _fits(size: Any, rank: int, budget: int) -> bool:
+    try:
+        return bool(size(rank) <= budget)
+    except st.StructureError:  # a rank that a layer cannot take
+        return False
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy of the modules with every tensor on the meta device: no memory, right shapes, ties kept."""
+    memo: dict[int, Any] = {}
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+    for b in model.buffers():
+        memo[id(b)] = torch.empty_like(b, device="meta")
+    return copy.deepcopy(model, memo)
+
+
+def trained_rows(model: nn.Module, method: Method) -> list[dict[str, Any]]:
+    """Per adapted layer or module trained in full: name, rank, parameters. The table of ranks.json."""
+    if method.recipe:
+        rows = st.summary(model).rows
+        return [{"name": row.name, "rank": row.rank, "parameters": row.parameters} for row in rows]
+    parts = {name: model.get_submodule(name) for name in method.whole if name} or dict(model.named_children())
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    return [{"name": name, "rank": None, "parameters": count} for name, count in counts.items()]
+
+
+def make_groups(cfg: TrainConfig, model: nn.Module, method: Method, head: Sequence[str]) -> list[dict[str, Any]]:
+    """Optimizer groups: those of `st.param_groups`, with the head's parameters split off at their own rate."""
+    rate = method.learning_rate
+    made = st.param_groups(model, lr=rate, b_ratio=cfg.b_ratio, weight_decay=cfg.weight_decay)
+    if cfg.head_learning_rate is None:
+        return made
+    names = head if method.whole == [""] else method.whole
+    own = {id(p) for name, p in model.named_parameters() if p.requires_grad and inside(name, names)}
+    if not own:
+        raise ConfigError("head_learning_rate: no module is trained in full, so nothing would use it")
+    split = []
+    for group in made:
+        for is_head, lr in ((False, group["lr"]), (True, cfg.head_learning_rate)):
+            params = [p for p in group["params"] if (id(p) in own) == is_head]
+            if params:
+                split.append({**group, "params": params, "lr": lr})
+    return split

@@ -1,0 +1,162 @@
+"""The command line: thin verbs over `slimtune.app`; errors become one message and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+UsageError = typer.BadParameter.__mro__[2]  # click's ClickException, wherever this typer keeps it
+
+app = typer.Typer(
+    name="slimtune",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 verification failed, 130 interrupted.",
+)
+
+Run = Annotated[Path, typer.Argument(help="A run folder, or an adapter folder.")]
+
+
+@app.callback(invoke_without_command=True)
+def slimtune(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Make a PyTorch model fit a task with few numbers."""
+    if version:
+        from importlib.metadata import version as installed
+
+        print(installed("slimtune"))
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", help="The run folder.")] = Path("runs/demo"),
+) -> None:
+    """Fine-tune the embedded encoder on this Python's standard library; a few minutes, nothing downloaded."""
+    from slimtune.app.demo import demo as run
+
+    run(output)
+
+
+@app.command()
+def train(
+    config: Annotated[Optional[str], typer.Argument(help="The YAML file, or a first key=value.")] = None,  # noqa: UP045
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as method_options.rank=4."),
+    ] = None,
+    file: Annotated[Optional[Path], typer.Option("--config", help="The YAML file.")] = None,  # noqa: UP045
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of the file.")] = False,
+) -> None:
+    """Train an adapter, or a whole model, from one YAML file; continues an interrupted run."""
+    from slimtune.app.config import TrainConfig, load_config
+
+    if schema:
+        import json
+
+        print(json.dumps(TrainConfig.model_json_schema(), indent=2))
+        return
+    settings = list(overrides or [])
+    if config is not None and (file is not None or "=" in config):
+        settings.insert(0, config)
+    elif config is not None:
+        file = Path(config)
+    if file is None and not settings:
+        raise typer.BadParameter("give a configuration: slimtune train run.yaml [key=value ...]")
+    checked = load_config(file, settings)
+
+    from slimtune.app.train import train as run
+
+    result = run(checked)
+    if result.interrupted:
+        print(f"stopped and saved; the same command continues: {result.output_dir}", file=sys.stderr)
+        raise typer.Exit(130)
+    from slimtune.app.summary import closing_lines
+
+    for line in closing_lines(result):
+        print(line)
+
+
+@app.command()
+def merge(
+    run: Run,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder for the merged model.")],
+) -> None:
+    """Write an adapter into its base model's weights and say how exactly they hold it."""
+    from slimtune.app.merge import merge_run
+
+    print(merge_run(run, output))
+
+
+@app.command()
+def verify(run: Run) -> None:
+    """Check that the files are intact and that the adapter changes what the model says; exit code 3 if not."""
+    from slimtune.app.verify import verify as check
+
+    report = check(run)
+    print(report)
+    if not report.ok:
+        raise typer.Exit(3)
+
+
+@app.command()
+def inspect(run: Run) -> None:
+    """Show what an adapter holds: method, ranks, sizes and norms by layer."""
+    from slimtune.app.inspect import inspect as look
+
+    print(look(run))
+
+
+@app.command()
+def methods(
+    name: Annotated[Optional[str], typer.Argument(help="One method, in full.")] = None,  # noqa: UP045
+) -> None:
+    """List the methods, or print one with its formula, source, options and defaults."""
+    from slimtune.app.methods import describe, table
+
+    print(describe(name) if name else table())
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Write report.html of a run, finished or not, from what its folder holds."""
+    from slimtune.app.report import write_report
+
+    print(write_report(run))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    try:
+        code = typer.main.get_command(app).main(
+            [word for word in words if word != "--debug"], prog_name="slimtune", standalone_mode=False
+        )
+        return code if isinstance(code, int) else 0
+    except UsageError as error:
+        print(f"error: {error.format_message()} (slimtune --help)", file=sys.stderr)  # type: ignore[attr-defined]
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            raise
+        from slimtune.errors import SlimtuneError
+
+        if isinstance(error, SlimtuneError):
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+        what = " ".join(str(error).split())
+        print(f"error: {type(error).__name__}: {what} (--debug shows where)", file=sys.stderr)
+        return 1
