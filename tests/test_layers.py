@@ -14,10 +14,10 @@ LAYERS = [
     {"errors", "ops"},  # tensors in, tensors out
     {"structures", "compositions", "recipe"},  # the two families, and their pairing
     {"layers", "initialisers", "resize"},  # where they live
-    {"adapt", "calibrate", "compress", "convert"},  # verbs
+    {"verbs", "calibrate", "compress", "convert"},  # verbs
     {"recipes", "allocate", "groups", "controllers", "models", "contrib"},  # the field
     {"io", "peft_format", "hf"},  # files and the ecosystem
-    {"app", "cli", "__main__"},  # the application
+    {"_public", "app", "cli", "__main__"},  # the application
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 THIRD_PARTY = [{"torch"}] * 5 + [{"torch", "safetensors", "transformers", "peft", "accelerate"}]

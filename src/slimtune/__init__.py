@@ -1,89 +1,27 @@
-"""Make a PyTorch model fit a task with few numbers: adapt, verify, merge."""
+"""Make a PyTorch model fit a task with few numbers: adapt, verify, merge.
 
-from . import errors, io, ops, recipes
-from .adapt import (
-    LayerError,
-    MergeReport,
-    Summary,
-    activate,
-    adapt,
-    adapter_names,
-    disabled,
-    initialize,
-    merge,
-    merged,
-    remove,
-    summary,
-    trainable_parameters,
-)
-from .compositions import Additive, Composition, LinearMap, Magnitude
-from .controllers import Attached, Controller, attach
-from .errors import (
-    AdapterNameError,
-    ConfigError,
-    DataError,
-    DivergenceError,
-    FileFormatError,
-    SlimtuneError,
-    StructureError,
-    TargetError,
-    UninitializedError,
-    VerificationError,
-)
-from .groups import param_groups
-from .io import load, save
-from .peft_format import export_peft, import_peft
-from .recipe import Recipe
-from .recipes import dora, lora, rslora
-from .structures import Factored, LowRank, Structure
+Public names are loaded when the first one is used, so that the command line's help does not wait for torch.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ._public import *  # noqa: F403
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "AdapterNameError",
-    "Additive",
-    "Attached",
-    "Composition",
-    "ConfigError",
-    "Controller",
-    "DataError",
-    "DivergenceError",
-    "Factored",
-    "FileFormatError",
-    "LayerError",
-    "LinearMap",
-    "LowRank",
-    "Magnitude",
-    "MergeReport",
-    "Recipe",
-    "SlimtuneError",
-    "Structure",
-    "StructureError",
-    "Summary",
-    "TargetError",
-    "UninitializedError",
-    "VerificationError",
-    "activate",
-    "adapt",
-    "adapter_names",
-    "attach",
-    "disabled",
-    "dora",
-    "errors",
-    "export_peft",
-    "import_peft",
-    "initialize",
-    "io",
-    "load",
-    "lora",
-    "merge",
-    "merged",
-    "ops",
-    "param_groups",
-    "recipes",
-    "remove",
-    "rslora",
-    "save",
-    "summary",
-    "trainable_parameters",
-]
+
+def __getattr__(name: str) -> object:
+    if name.startswith("_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import _public
+
+    if name not in _public.__all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(_public, name)
+
+
+def __dir__() -> list[str]:
+    from ._public import __all__
+
+    return list(__all__)

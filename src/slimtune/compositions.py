@@ -26,8 +26,8 @@ class LinearMap(ABC):
         """W x + bias, in the layer's own layout."""
 
     @abstractmethod
-    def weight(self) -> Tensor:
-        """W, (O, I), dequantised if need be."""
+    def weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """W, (O, I), dequantised if need be, in `dtype` if given."""
 
     @abstractmethod
     def matmul(self, V: Tensor) -> Tensor:
@@ -92,10 +92,10 @@ class Composition(nn.Module, ABC):
         """|W'|_row^2, (O,), likewise."""
         return _row_square(self.effective(base, delta, scale))
 
-    def effective(self, base: LinearMap, delta: Structure, scale: Tensor) -> Tensor:
-        """W', (O, I), in the wider of the dtypes of W and dW."""
-        W, dW = base.weight(), delta.dense()
-        t = torch.promote_types(W.dtype, dW.dtype)
+    def effective(self, base: LinearMap, delta: Structure, scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """W', (O, I), computed in `dtype`; by default in the wider of the dtypes of W and dW."""
+        W, dW = base.weight(dtype), delta.dense()
+        t = dtype or torch.promote_types(W.dtype, dW.dtype)
         return self.weight(W.to(t), scale.to(t) * dW.to(t))
 
     def options(self) -> dict[str, Any]:
@@ -185,9 +185,7 @@ class Magnitude(Composition):
         if (W := base.plain()) is not None:
             rank_dropout = delta.rank_dropout if delta.training else 0.0
             return lowrank_linear(x, W, base.bias, B, A, scale, d, dropout, rank_dropout)
-        bias = base.bias
-        y = base(x)
-        if bias is not None:
-            y = y - base.rows(bias.to(y.dtype))
-        y = (y + scale.to(y.dtype) * base.change(x, delta, dropout)) * base.rows(d.to(y.dtype))
-        return y if bias is None else y + base.rows(bias.to(y.dtype))
+        y, bias = base(x), base.bias
+        d = d.to(y.dtype)
+        y = (y + scale.to(y.dtype) * base.change(x, delta, dropout)) * base.rows(d)
+        return y if bias is None else y + base.rows(bias.to(y.dtype) * (1 - d))

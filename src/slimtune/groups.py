@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from .adapt import extended
 from .errors import ConfigError
 from .layers import Adapter
+from .verbs import extended
 
 __all__ = ["param_groups"]
 

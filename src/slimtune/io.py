@@ -11,6 +11,7 @@ commit uses it, so a save that dies at any point leaves the old set or the new o
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -27,11 +28,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from .adapt import adapter_names as names_of
-from .adapt import attach_adapters, build_adapter, check_name, hosts, require_adapter, saved_modules
 from .errors import AdapterNameError, FileFormatError, SlimtuneError, StructureError, TargetError
 from .layers import Adapter
 from .recipe import Recipe
+from .verbs import adapter_names as names_of
+from .verbs import attach_adapters, build_adapter, check_name, hosts, require_adapter, saved_modules
 
 __all__ = [
     "Description",
@@ -142,6 +143,7 @@ def write_files(folder: str | os.PathLike[str], files: Mapping[str, bytes], mani
     folder = Path(folder)
     record = {name: {"sha256": _sha256(data), "bytes": len(data)} for name, data in files.items()}
     journal = json.dumps({**manifest, "files": record}, indent=1).encode()
+    state = "what was there before is intact"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _settle(folder)
@@ -149,17 +151,16 @@ def write_files(folder: str | os.PathLike[str], files: Mapping[str, bytes], mani
             _write(_new(folder, name), data)
         _write(_new(folder, MANIFEST), journal)
         _sync_folder(folder)
+        state = "the new files lie complete beside the old ones and will be read in their place"
         for name in (*files, MANIFEST):
             os.replace(_new(folder, name), folder / name)
         _sync_folder(folder)
     except OSError as e:
-        try:
-            if not _committed(folder):
+        if state.endswith("intact"):
+            with contextlib.suppress(OSError):
                 _discard(folder)
-        except OSError:
-            pass
         what = "the disk is full" if e.errno == errno.ENOSPC else (e.strerror or str(e))
-        raise SlimtuneError(f"{folder}: cannot be written: {what}; what was there before is intact") from None
+        raise SlimtuneError(f"{folder}: cannot be written: {what}; {state}") from None
 
 
 def _committed(folder: Path) -> dict[str, Path] | None:
@@ -346,6 +347,8 @@ def describe(model: nn.Module, name: str = "default") -> Description:
     layers, recipes = {}, []
     for layer, host in hosts(model, name).items():
         adapter: Adapter = host.adapters[name]  # type: ignore[assignment]
+        if adapter.scale.is_meta:
+            raise SlimtuneError(f"{layer}: adapter {name!r} is still on the meta device; load weights, then initialize")
         recipe = adapter.recipe
         data = recipe.to_dict() | {"options": adapter.structure.options()}
         layers[layer] = LayerEntry(Recipe.from_dict(data), float(adapter.scale))
@@ -368,7 +371,7 @@ def fingerprint(model: nn.Module, layers: list[str]) -> str | None:
         flat = weight.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16).float().cpu()
         digest.update(f"{name}{tuple(weight.shape)}".encode())
-        digest.update(sample.numpy().tobytes() if _has_numpy() else repr(sample.tolist()).encode())
+        digest.update(repr(sample.tolist()).encode())
     return digest.hexdigest()
 
 
@@ -485,16 +488,15 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
 
     Raises:
         AdapterNameError: no such adapter.
-        SlimtuneError: tensors that are not finite or on meta, or a folder that cannot be written.
+        SlimtuneError: tensors on meta or not finite, or a folder that cannot be written.
     """
     from . import peft_format
 
     description = describe(model, name)
     tensors = own_tensors(model, name)
     for key, t in tensors.items():
-        if t.is_meta or (t.is_floating_point() and not t.isfinite().all()):
-            why = "is on the meta device" if t.is_meta else "is not finite"
-            raise SlimtuneError(f"{path}: not saved: {key} {why}")
+        if t.is_floating_point() and not t.isfinite().all():
+            raise SlimtuneError(f"{path}: not saved: {key} is not finite")
     base = base or _base_name(model)
     peft = peft_format.encode(model, description, tensors, base)
     config, stored = peft or (
@@ -572,11 +574,3 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
             stacklevel=2,
         )
     return layers
-
-
-def _has_numpy() -> bool:
-    try:
-        import numpy  # noqa: F401
-    except ImportError:
-        return False
-    return True

@@ -84,8 +84,8 @@ class Adapted(LinearMap):
     def _parts(self) -> tuple[LinearMap, Structure, Tensor]:
         return self.below, self.adapter.structure, self.adapter.scale
 
-    def weight(self) -> Tensor:
-        return self.adapter.composition.effective(*self._parts())
+    def weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        return self.adapter.composition.effective(*self._parts(), dtype)
 
     def matmul(self, V: Tensor) -> Tensor:
         return self.adapter.composition.matmul(V, *self._parts())
@@ -114,6 +114,7 @@ class LinearLayout(LinearMap):
     """torch.nn.Linear and its subclasses, packed weights included."""
 
     __slots__ = ("layer",)
+    takes_dropout = True
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
@@ -135,11 +136,13 @@ class LinearLayout(LinearMap):
     def _oriented(self, W: Tensor) -> Tensor:
         return W
 
-    def weight(self) -> Tensor:
+    def weight(self, dtype: torch.dtype | None = None) -> Tensor:
         W = self.layer.weight
         if W.is_floating_point():
-            return self._oriented(W)
-        return self.matmul(torch.eye(self.layer.in_features, device=W.device))
+            W = self._oriented(W)
+        else:
+            W = self.matmul(torch.eye(self.layer.in_features, device=W.device))
+        return W if dtype is None else W.to(dtype)
 
     def matmul(self, V: Tensor) -> Tensor:
         W = self.layer.weight
@@ -250,6 +253,7 @@ class EmbeddingLayout(LinearLayout):
     """
 
     __slots__ = ()
+    takes_dropout = False
 
     def plain(self) -> Tensor | None:
         return None
@@ -258,7 +262,7 @@ class EmbeddingLayout(LinearLayout):
         return W.t()
 
     def _look_up(self, x: Tensor, table: Tensor) -> Tensor:
-        y = F.embedding(x, table, self.layer.padding_idx)
+        y = F.embedding(x, table)  # padding_idx would only hide the padding entry's share of the gradient
         factor = getattr(self.layer, "embed_scale", None)
         return y if factor is None else y * factor
 

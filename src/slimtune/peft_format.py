@@ -296,12 +296,13 @@ def _saved_names(
     if not isinstance(suffixes, list) or not all(isinstance(s, str) for s in suffixes):
         raise FileFormatError(f"{folder / io.CONFIG}: modules_to_save must be a list of names, got {suffixes!r}")
     known = [n for n, _ in model.named_modules()] if model is not None else [k.rsplit(".", 1)[0] for k in rest]
-    found = []
-    for name in dict.fromkeys(known):
-        if any(name == s or name.endswith(f".{s}") for s in suffixes) and any(k.startswith(f"{name}.") for k in rest):
-            if ".adapters" not in name:
-                found.append(name)
-    return found
+    return [
+        name
+        for name in dict.fromkeys(known)
+        if ".adapters" not in name
+        and any(name == s or name.endswith(f".{s}") for s in suffixes)
+        and any(k.startswith(f"{name}.") for k in rest)
+    ]
 
 
 # ---------------------------------------------------------------- public verbs

@@ -25,6 +25,9 @@ def lowrank_linear(
 ) -> Tensor:
     """y = d * (x W^T + s drop(x) A^T B^T) + bias, with d = `row_scale` (ones when None). Returns (*T, O).
 
+    With d = 1 and B = 0 this is the bare layer's output bit for bit: a bias goes through the same fused product and
+    is put right by bias * (1 - d).
+
     `rank_dropout` drops entries of x A^T instead of x. B and A may be of higher precision than x: they are
     cast for the products and their gradients come back in their own dtype. One autograd function: it keeps
     x in x's own dtype, the (T, R) product, and, with `row_scale`, one (T, O) output; dropout keeps a seed.
@@ -74,8 +77,11 @@ def _composed(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout):
     update = F.linear(h, B.to(t))
     if row_scale is None:
         return F.linear(x, W.to(t), None if bias is None else bias.to(t)) + update
-    y = (F.linear(x, W.to(t)) + update) * row_scale.to(t)
-    return y if bias is None else y + bias.to(t)
+    d = row_scale.to(t)
+    if bias is None:
+        return (F.linear(x, W.to(t)) + update) * d
+    b = bias.to(t)
+    return (F.linear(x, W.to(t), b) + update) * d + b * (1 - d)
 
 
 def _plain(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout):
@@ -85,15 +91,17 @@ def _plain(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout):
     h = F.linear(z, _as(A, t)).mul_(_as(scale, t))
     if rank_dropout:
         h = F.dropout(h, rank_dropout)
-    y = F.linear(x, _as(W, t), None if row_scale is not None or bias is None else _as(bias, t))
+    b = None if bias is None else _as(bias, t)
+    y = F.linear(x, _as(W, t), b)
     if y.dim() == 2:
         y.addmm_(h, _as(B, t).t())
     else:
         y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), _as(B, t).t())
     if row_scale is not None:
-        y.mul_(_as(row_scale, t))
-        if bias is not None:
-            y.add_(_as(bias, t))
+        d = _as(row_scale, t)
+        y.mul_(d)
+        if b is not None:
+            y.add_(b * (1 - d))
     return y
 
 
@@ -115,16 +123,16 @@ class _LowRankLinear(torch.autograd.Function):
             rank_mask = rank_mask.view(h.shape)
             h.mul_(rank_mask)
         d = None if row_scale is None else _as(row_scale, t)
-        late_bias = None if bias is None else _as(bias, t)
-        y = x2 @ W_.t() if d is not None or bias is None else torch.addmm(late_bias, x2, W_.t())
+        b = None if bias is None else _as(bias, t)
+        y = x2 @ W_.t() if b is None else torch.addmm(b, x2, W_.t())
         y.addmm_(h, B_.t())
         kept = None
         if d is not None:
             # y / d gives the unscaled output back, unless a bias or fp16's range is in the way
-            if bias is not None or t == torch.float16:
+            if b is not None or t == torch.float16:
                 kept, y = y, y * d
-                if bias is not None:
-                    y.add_(late_bias)
+                if b is not None:
+                    y.add_(b * (1 - d))
             else:
                 floor = torch.finfo(t).tiny ** 0.5
                 d = torch.where(d.abs() < floor, floor, d)
@@ -135,12 +143,12 @@ class _LowRankLinear(torch.autograd.Function):
         if d is not None and ctx.kept_is_output:
             kept = y
         ctx.dropout, ctx.seed = dropout, seed
-        ctx.save_for_backward(x, W, B, A, scale, row_scale, h, kept, rank_mask)
+        ctx.save_for_backward(x, W, bias, B, A, scale, row_scale, h, kept, rank_mask)
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, W, B, A, scale, row_scale, h, kept, rank_mask = ctx.saved_tensors
+        x, W, bias, B, A, scale, row_scale, h, kept, rank_mask = ctx.saved_tensors
         need_x, _, _, need_B, need_A, _, need_d = ctx.needs_input_grad[:7]
         t = x.dtype
         g = grad.reshape(-1, grad.shape[-1])  # (T, O)
@@ -150,6 +158,8 @@ class _LowRankLinear(torch.autograd.Function):
             if need_d:
                 u = kept.reshape(g.shape)
                 grad_d = (g * u).sum(0, dtype=torch.promote_types(t, torch.float32))
+                if bias is not None:
+                    grad_d -= bias * g.sum(0, dtype=grad_d.dtype)
                 if ctx.kept_is_output:
                     grad_d = grad_d / _floored(row_scale.to(grad_d.dtype), t)
                 grad_d = grad_d.to(row_scale.dtype)

@@ -222,7 +222,9 @@ def adapt(
     model the adapter stays on meta until `initialize`.
 
     Args:
-        targets, exclude: see `select`.
+        targets: which layers; "all-linear" (every Linear and transformers Conv1D but the output head), a list of
+            module names, suffixes or globs, or one regular expression searched in the full name.
+        exclude: the same forms; what they match is left out.
         name: the adapter's name; 1 to 64 letters, digits, '_' or '-'.
         modules_to_save: modules (names, suffixes, globs, or a regular expression) to train in full as a private
             copy that is saved with the adapter, such as a new classification head.
@@ -269,6 +271,8 @@ def build_adapter(module: nn.Module, name: str, recipe: Recipe, device: torch.de
         adapter = Adapter(recipe, *sizes, device=device or module.weight.device, dtype=dtype)
     except SlimtuneError as e:
         raise type(e)(f"{name}: {e}") from None
+    if not layout.takes_dropout:  # type: ignore[union-attr]
+        adapter.dropout = 0.0
     return adapter.train(module.training)
 
 
@@ -377,7 +381,7 @@ class LayerError:
 
     name: str
     delta_norm: float
-    """|W' - W|, Frobenius, in fp32 or wider."""
+    """|W' - W|, Frobenius, in the arithmetic of the merge."""
     error_norm: float
     """|stored - W'|, Frobenius."""
 
@@ -410,20 +414,23 @@ class MergeReport:
         return text + (f"; untied: {', '.join(self.untied)}" if self.untied else "")
 
 
-def _merged_weight(name: str, host: Host) -> tuple[Tensor, LayerError]:
-    """The effective weight in the layer's own layout and dtype, and what the cast lost."""
+def _check_mergeable(name: str, host: Host) -> None:
     stored = host.weight
     if not stored.is_floating_point() or type(stored.data) is not Tensor:
         raise TargetError(f"{name!r} cannot be merged: its weight is packed ({type(stored.data).__name__})")
     if stored.is_meta or any(t.is_meta for t in host.adapters.parameters()):
         raise TargetError(f"{name!r} cannot be merged: it is on the meta device")
-    W = host.layout(host).weight()
-    wide = host.map().weight()
-    wide = wide.to(torch.promote_types(wide.dtype, torch.float32))
-    new = host.layout.store(wide.to(stored.dtype), stored).clone()
-    kept = host.layout.store(wide, stored)
-    before = host.layout.store(W.to(wide.dtype), stored)
-    return new, LayerError(name, float((kept - before).norm()), float((new.to(wide.dtype) - kept).norm()))
+
+
+def _merged_weight(name: str, host: Host) -> tuple[Tensor, LayerError]:
+    """The effective weight in the layer's own layout and dtype, and what the cast lost."""
+    stored = host.weight
+    wide = torch.float32 if stored.dtype.itemsize < 4 else torch.float64
+    exact = host.map().weight(wide)
+    new = exact.to(stored.dtype)
+    delta = exact - host.layout(host).weight(wide)
+    error = LayerError(name, float(delta.norm()), float((new.to(wide) - exact).norm()))
+    return host.layout.store(new, stored).clone(), error
 
 
 def _active_hosts(model: nn.Module) -> dict[str, Host]:
@@ -435,13 +442,14 @@ def _active_hosts(model: nn.Module) -> dict[str, Host]:
 def merged(model: nn.Module) -> Iterator[MergeReport]:
     """Within: plain layers that hold the effective weights. Afterwards the saved tensors are put back, bit for bit.
 
-    Computed in fp32 or wider and cast once; yields the report of what the casts lost. Weights tied to another
-    module are replaced in the adapted layer only.
+    Computed in a wider type than the layer's and cast once; yields the report of what the casts lost. Weights tied
+    to another module are replaced in the adapted layer only.
     """
     report, before = MergeReport(), []
     changed = _active_hosts(model)
     try:
         for name, host in changed.items():
+            _check_mergeable(name, host)
             new, error = _merged_weight(name, host)
             report.layers.append(error)
             before.append((host, host.weight, host.active_adapters))
@@ -458,9 +466,9 @@ def merged(model: nn.Module) -> Iterator[MergeReport]:
 def merge(model: nn.Module) -> MergeReport:
     """Write the effective weights into the model and remove its adapters, for good.
 
-    W' is computed in fp32 (fp64 for an fp64 base) and cast once to the layer's dtype. A weight shared with a module
-    that the adapter does not change becomes the layer's own; `report.untied` names it, and a transformers config is
-    set to `tie_word_embeddings = False`.
+    W' is computed in a wider type than the layer's (fp32 for bf16 and fp16, fp64 for fp32) and cast once. A weight
+    shared with a module that the adapter does not change becomes the layer's own; `report.untied` names it, and a
+    transformers config is set to `tie_word_embeddings = False`.
 
     Returns:
         The measured error per layer.
@@ -479,6 +487,7 @@ def merge(model: nn.Module) -> MergeReport:
         )
     report, changed = MergeReport(), _active_hosts(model)
     for name, host in changed.items():
+        _check_mergeable(name, host)
         for key, tensor in host.adapters.state_dict().items():
             if not tensor.isfinite().all():
                 raise SlimtuneError(f"merge: {name}.adapters.{key} is not finite; nothing was merged")
@@ -492,8 +501,8 @@ def merge(model: nn.Module) -> MergeReport:
             if p is not None:
                 owners.setdefault(id(p), []).append(f"{owner}.{key}" if owner else key)
     for name, host in changed.items():
-        others = [o for o in owners[id(host.weight)] if o != f"{name}.weight"]
         new, error = _merged_weight(name, host)
+        others = [o for o in owners[id(host.weight)] if o != f"{name}.weight"]
         report.layers.append(error)
         if others:
             report.untied.append(f"{name}.weight (was {', '.join(others)})")

@@ -1,0 +1,175 @@
+"""The table that drives the shared tests: one row per method, one per kind of layer.
+
+A new method is one row in METHODS. A row says how to make its recipe at a small size and what it does not go with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import slimtune as st
+from slimtune.layers import Host
+
+
+@dataclass(frozen=True)
+class Method:
+    """recipe(**options) at a small size; `options` a recipe of this row understands in tests."""
+
+    id: str
+    recipe: Callable[..., st.Recipe]
+    peft: dict | None = None
+    """LoraConfig fields that make PEFT build the same adapter, if PEFT is right."""
+    parameters: Callable[[int, int], int] | None = None
+    """The paper's count for (O, I)."""
+
+
+METHODS = [
+    Method(
+        "lora",
+        lambda **o: st.lora(rank=3, alpha=4, **o),
+        {"r": 3, "lora_alpha": 4},
+        lambda o, i: 3 * (o + i),
+    ),
+    Method(
+        "rslora",
+        lambda **o: st.rslora(rank=3, alpha=4, **o),
+        {"r": 3, "lora_alpha": 4, "use_rslora": True},
+        lambda o, i: 3 * (o + i),
+    ),
+    Method(
+        "dora",
+        lambda **o: st.dora(rank=3, alpha=4, **o),
+        {"r": 3, "lora_alpha": 4, "use_dora": True},
+        lambda o, i: 3 * (o + i) + o,
+    ),
+    Method("dora-exact", lambda **o: st.dora(rank=3, alpha=4, detach=False, **o)),
+]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """make() builds a layer, inputs() something to feed it."""
+
+    id: str
+    make: Callable[[], nn.Module]
+    inputs: Callable[[torch.dtype], Tensor]
+    grouped: bool = False
+
+
+def _image(dtype: torch.dtype) -> Tensor:
+    return torch.randn(2, 4, 9, 8, dtype=dtype)
+
+
+LAYERS = [
+    Layer("linear", lambda: nn.Linear(6, 5), lambda t: torch.randn(2, 7, 6, dtype=t)),
+    Layer("linear-flat", lambda: nn.Linear(5, 6, bias=False), lambda t: torch.randn(4, 5, dtype=t)),
+    Layer("linear-vector", lambda: nn.Linear(5, 6, bias=False), lambda t: torch.randn(5, dtype=t)),
+    Layer("conv1d-hf", lambda: Conv1D(5, 6), lambda t: torch.randn(2, 7, 6, dtype=t)),
+    Layer("conv2d", lambda: nn.Conv2d(4, 6, 3), _image),
+    Layer("conv2d-strided", lambda: nn.Conv2d(4, 6, (3, 2), stride=2, padding=1, bias=False), _image),
+    Layer("conv2d-dilated", lambda: nn.Conv2d(4, 6, 3, padding="same", dilation=2), _image),
+    Layer("conv2d-circular", lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), _image),
+    Layer("conv2d-grouped", lambda: nn.Conv2d(4, 6, 3, groups=2), _image, grouped=True),
+    Layer("conv2d-depthwise", lambda: nn.Conv2d(4, 4, 3, groups=4), _image, grouped=True),
+    Layer("conv1d", lambda: nn.Conv1d(4, 6, 3, padding=1), lambda t: torch.randn(2, 4, 9, dtype=t)),
+    Layer("embedding", lambda: nn.Embedding(7, 5), lambda t: torch.randint(0, 7, (2, 4))),
+    Layer("embedding-padded", lambda: nn.Embedding(7, 5, padding_idx=0), lambda t: torch.randint(0, 7, (2, 4))),
+]
+
+methods = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.id)
+layers = pytest.mark.parametrize("layer", LAYERS, ids=lambda m: m.id)
+
+
+class One(nn.Module):
+    """A model of one layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class Chain(nn.Module):
+    """Token ids to scores through an embedding, Linears with and without bias, a transformers Conv1D and a Conv2d."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(13, 8)
+        self.up = nn.Linear(8, 12)
+        self.down = nn.Linear(12, 8, bias=False)
+        self.hf = Conv1D(8, 8)
+        self.conv = nn.Conv2d(1, 3, 3, padding=1)
+        self.classifier = nn.Linear(8, 4)
+        self.to(dtype)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        x = x + self.down(torch.tanh(self.up(x)))
+        x = self.hf(x)
+        x = x + torch.tanh(self.conv(x[:, None])).mean(1)
+        return self.classifier(x)
+
+    targets = ("embed", "up", "down", "hf", "conv")
+
+    @staticmethod
+    def ids() -> Tensor:
+        return torch.randint(0, 13, (2, 5))
+
+
+def shake(model: nn.Module, amount: float = 0.3) -> None:
+    """Move every trainable parameter away from its start."""
+    with torch.no_grad():
+        for _, p in st.trainable_parameters(model):
+            p.add_(amount * torch.randn_like(p))
+
+
+def adapted(method: Method, layer: Layer, dtype: torch.dtype = torch.float64, **options: float) -> tuple[One, Tensor]:
+    """A shaken one-layer model in eval mode, and an input that wants a gradient where it can."""
+    torch.manual_seed(0)
+    model = One(layer.make().to(dtype)).eval()
+    st.adapt(model, method.recipe(**options), ["layer"])
+    shake(model)
+    x = layer.inputs(dtype)
+    if x.is_floating_point():
+        x.requires_grad_(True)
+    return model, x
+
+
+def dense_forward(host: Host, x: Tensor) -> Tensor:
+    """The definition: build W' and apply it."""
+    base = host.layout(host)
+    return base.with_weight(x, host.map().weight(), base.bias)
+
+
+def gradients(output: Tensor, model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Gradients of a fixed random projection of the output: trainable parameters, then x."""
+    wanted = [p for _, p in st.trainable_parameters(model)] + ([x] if x.requires_grad else [])
+    g = torch.Generator().manual_seed(1)
+    probe = torch.randn(output.shape, generator=g, dtype=torch.float64).to(output.dtype)
+    return list(torch.autograd.grad((output * probe).sum(), wanted))
+
+
+def tiny_llama(tied: bool = False):
+    """A random two-layer Llama."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=31,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=tied,
+        )
+    ).eval()

@@ -1,0 +1,174 @@
+"""Fast forward against the dense definition: values and gradients, and autograd against finite differences."""
+
+import pytest
+import torch
+from torch import nn
+
+import slimtune as st
+from cases import LAYERS, METHODS, adapted, dense_forward, gradients, layers, methods
+from slimtune.ops.dropout import draw_seed, dropped, keep_probability
+
+
+@methods
+@layers
+def test_forward_and_gradients_equal_the_definition(method, layer):
+    model, x = adapted(method, layer)
+    fast, slow = model(x), dense_forward(model.layer, x)
+    torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-12)
+    for a, b in zip(gradients(fast, model, x), gradients(slow, model, x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@methods
+@layers
+def test_no_grad_path_equals_grad_path(method, layer):
+    model, x = adapted(method, layer)
+    with torch.no_grad():
+        quiet = model(x)
+    torch.testing.assert_close(quiet, model(x), rtol=1e-12, atol=1e-13)
+
+
+@methods
+@pytest.mark.parametrize("layer", [x for x in LAYERS if x.id in ("linear", "linear-flat", "conv2d-strided")], ids=str)
+def test_gradcheck(method, layer):
+    if method.id == "dora":
+        pytest.skip("a detached norm is not the gradient of the forward; held against the definition above")
+    model, x = adapted(method, layer)
+    parameters = [p for _, p in st.trainable_parameters(model)]
+
+    def f(x, *_):
+        return model(x)
+
+    assert torch.autograd.gradcheck(f, (x, *parameters))
+
+
+@methods
+@layers
+def test_parameter_count_is_the_papers(method, layer):
+    if method.parameters is None:
+        pytest.skip("no published count")
+    model, _ = adapted(method, layer)
+    sizes = model.layer.layout.sizes(model.layer)
+    assert st.summary(model).trainable == method.parameters(*sizes)
+
+
+@methods
+@layers
+@pytest.mark.parametrize("p", [0.3, 0.02])
+def test_dropout_touches_only_the_branch_of_the_change(method, layer, p):
+    if layer.id.startswith("embedding"):
+        pytest.skip("dropout does not apply to token ids")
+    model, x = adapted(method, layer, dropout=p)
+    model.train()
+    torch.manual_seed(5)
+    fast = model(x)
+    torch.manual_seed(5)
+    host = model.layer
+    base, adapter = host.layout(host), host.adapters["default"]
+    z = dropped(x, p, draw_seed()) / keep_probability(p)
+    change = adapter.scale * adapter.structure.dense()
+    if method.id.startswith("dora"):
+        W = host.layout(host).weight()
+        norm = torch.linalg.vector_norm(W + change, dim=1)
+        d = adapter.composition.magnitude / (norm.detach() if method.id == "dora" else norm)
+        linear = base.with_weight(x, W, None) + base.with_weight(z, change, None)
+        slow = linear * base.rows(d) + (0 if base.bias is None else base.rows(base.bias))
+    else:
+        slow = base(x) + base.with_weight(z, change, None)
+    torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-12)
+    for a, b in zip(gradients(fast, model, x), gradients(slow, model, x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@methods
+@layers
+def test_rank_dropout_keeps_the_expectation(method, layer):
+    model, x = adapted(method, layer, rank_dropout=0.5)
+    with torch.no_grad():
+        sure = model(x)
+        model.train()
+        mean = torch.stack([model(x) for _ in range(400)]).mean(0)
+    assert not torch.equal(model(x), model(x))
+    assert (mean - sure).abs().mean() < 0.12 * (sure - model.layer.layout(model.layer)(x)).abs().mean() + 1e-3
+    gradients(model(x), model, x)
+
+
+def test_rank_dropout_gradient_follows_its_mask():
+    model = nn.Sequential(nn.Linear(6, 5)).double()
+    st.adapt(model, st.lora(rank=4, rank_dropout=0.5), ["0"])
+    with torch.no_grad():
+        model[0].adapters["default"].structure.B.normal_()
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+
+    def f(x, *_):
+        torch.manual_seed(3)
+        return model(x)
+
+    assert torch.autograd.gradcheck(f, (x, *[p for _, p in st.trainable_parameters(model)]))
+
+
+def test_dora_zero_row_and_tiny_magnitude():
+    """Real checkpoints have rows of zeros: output, loss and gradients stay finite, and right."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5, bias=False)).double()
+    with torch.no_grad():
+        model[0].weight[2] = 0
+    st.adapt(model, st.dora(rank=2, detach=False), ["0"])
+    adapter = model[0].adapters["default"]
+    x = torch.randn(4, 6, dtype=torch.float64)
+    model(x).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in adapter.parameters())
+    with torch.no_grad():
+        adapter.structure.B.normal_()
+        adapter.composition.magnitude[1] = 0.0
+        adapter.composition.magnitude[3] = -0.5
+    x.requires_grad_(True)
+    fast, slow = model(x), dense_forward(model[0], x)
+    for a, b in zip(gradients(fast, model, x), gradients(slow, model, x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+def test_magnitude_over_an_unfactored_structure_uses_the_definition():
+    class Diagonal(st.Structure):
+        """dW = diag(v), padded with zeros."""
+
+        def __init__(self, out_features, in_features, *, device=None, dtype=None):
+            super().__init__(out_features, in_features)
+            self.v = nn.Parameter(torch.empty(min(out_features, in_features), device=device, dtype=dtype))
+
+        def dense(self):
+            return torch.zeros(self.out_features, self.in_features, dtype=self.v.dtype).diagonal_scatter(self.v)
+
+        def reset_parameters(self):
+            with torch.no_grad():
+                self.v.zero_()
+
+        def options(self):
+            return {}
+
+    assert "Diagonal" in str(Diagonal)
+    for layer in LAYERS:
+        torch.manual_seed(0)
+        model = nn.Sequential(layer.make().double())
+        x = layer.inputs(torch.float64)
+        before = model(x)
+        st.adapt(model, st.Recipe(Diagonal, {}, st.Magnitude, dropout=0.2), ["0"])
+        torch.testing.assert_close(model.eval()(x), before)
+        with torch.no_grad():
+            model[0].adapters["default"].structure.v.normal_()
+        torch.testing.assert_close(model(x), dense_forward(model[0], x))
+        with st.merged(model):
+            again = model(x)
+        torch.testing.assert_close(model(x), again)
+        model.train()(x).sum().backward()
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.id)
+def test_trainable_scale_receives_its_gradient(method):
+    model, x = adapted(method, LAYERS[0])
+    adapter = model.layer.adapters["default"]
+    scale = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    adapter._buffers["scale"] = scale
+    fast, slow = model(x), dense_forward(model.layer, x)
+    (a,), (b,) = (torch.autograd.grad(y.square().sum(), [scale]) for y in (fast, slow))
+    torch.testing.assert_close(a, b)

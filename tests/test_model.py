@@ -1,0 +1,309 @@
+"""Properties of an adapted model: identity at start, merging, restoring, stacking, switching, copying."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import slimtune as st
+from cases import METHODS, Chain, adapted, layers, methods, shake, tiny_llama
+
+
+def chain(method, dtype=torch.float64, **options):
+    torch.manual_seed(0)
+    model = Chain(dtype).eval()
+    before = copy.deepcopy(model)
+    st.adapt(model, method.recipe(**options), Chain.targets, modules_to_save=["classifier"])
+    return model, before, Chain.ids()
+
+
+@methods
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_starts_as_the_base(method, dtype):
+    model, before, ids = chain(method, dtype)
+    assert torch.equal(model(ids), before(ids))
+    assert torch.equal(model.train()(ids), before(ids))
+
+
+@methods
+def test_every_adapter_parameter_can_learn(method):
+    model, _, ids = chain(method)
+    optimizer = torch.optim.SGD(st.param_groups(model, lr=0.1))
+    start = {n: p.detach().clone() for n, p in st.trainable_parameters(model)}
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(ids).square().sum().backward()
+        optimizer.step()
+    assert [n for n, p in st.trainable_parameters(model) if torch.equal(p, start[n])] == []
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(start)
+
+
+@methods
+@layers
+def test_merged_equals_unmerged_on_every_layer(method, layer):
+    model, x = adapted(method, layer)
+    y, weight = model(x), model.layer.weight
+    with st.merged(model) as report:
+        torch.testing.assert_close(model(x), y, rtol=1e-10, atol=1e-11)
+    assert model.layer.weight is weight and torch.equal(model(x), y)
+    assert report.share < 1e-12 and report.layers[0].delta_norm > 0
+    st.merge(model)
+    assert type(model.layer) is type(layer.make())
+    torch.testing.assert_close(model(x), y, rtol=1e-10, atol=1e-11)
+
+
+@methods
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 0.2), (torch.float16, 0.05)], ids=str
+)
+def test_merge_reports_what_the_cast_lost(method, dtype, bound):
+    model, before, ids = chain(method, dtype)
+    shake(model, 0.1)
+    weights = {n: before.get_submodule(n).weight.double() for n in Chain.targets}
+    exact = copy.deepcopy(model).double()
+    st.merge(exact)
+    lost, changed = 0.0, 0.0
+    report = st.merge(model)
+    for entry in report.layers:
+        W = exact.get_submodule(entry.name).weight
+        lost += (model.get_submodule(entry.name).weight.double() - W).norm() ** 2
+        changed += (W - weights[entry.name]).norm() ** 2
+    assert 0 < report.share < bound
+    assert report.share == pytest.approx(float((lost / changed).sqrt().detach()), rel=0.02, abs=1e-7)
+    assert not any("adapters" in n for n, _ in model.named_parameters())
+    assert torch.isfinite(model(ids)).all()
+
+
+@methods
+def test_disabled_and_remove_give_the_base_back(method):
+    model, before, ids = chain(method)
+    classes = {n: type(m) for n, m in before.named_modules()}
+    shake(model)
+    y = model(ids)
+    assert not torch.equal(y, before(ids))
+    with st.disabled(model):
+        assert torch.equal(model(ids), before(ids))
+    assert torch.equal(model(ids), y)
+    with pytest.raises(RuntimeError, match="inside"), st.disabled(model):
+        raise RuntimeError("inside")
+    assert torch.equal(model(ids), y)
+    st.remove(model, "default")
+    assert torch.equal(model(ids), before(ids))
+    assert {n: type(m) for n, m in model.named_modules()} == classes
+    assert list(model.state_dict()) == list(before.state_dict())
+
+
+@pytest.mark.parametrize("first", METHODS, ids=lambda m: m.id)
+@pytest.mark.parametrize("second", METHODS, ids=lambda m: m.id)
+def test_stacks_are_compositions(first, second):
+    """adapter2(adapter1(W)), forward equal to the merged weights, in either order, dropout or not."""
+    model, before, ids = chain(first)
+    st.adapt(model, second.recipe(), Chain.targets, name="second")
+    shake(model)
+    st.activate(model, "default")
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if ".default." in n:
+                p.add_(0.2 * torch.randn_like(p))
+    for order in (["default", "second"], ["second", "default"]):
+        st.activate(model, order)
+        y = model(ids)
+        host = model.up
+        W = host.layout(host).weight()
+        for name in order:
+            a = host.adapters[name]
+            W = a.composition.weight(W, a.scale * a.structure.dense())
+        torch.testing.assert_close(host.map().weight(), W, rtol=1e-9, atol=1e-11)
+        with st.merged(model):
+            torch.testing.assert_close(model(ids), y, rtol=1e-9, atol=1e-10)
+        y.sum().backward()
+    st.activate(model, [])
+    assert torch.equal(model(ids), before(ids))
+
+
+def test_additive_stack_is_the_sum_in_any_order():
+    model, _before, ids = chain(METHODS[0])
+    st.adapt(model, st.lora(rank=2), Chain.targets, name="b")
+    shake(model)
+    st.activate(model, ["default", "b"])
+    y = model(ids)
+    st.activate(model, ["b", "default"])
+    torch.testing.assert_close(model(ids), y)
+
+
+def test_second_adapter_freezes_the_first():
+    model, _, _ = chain(METHODS[0])
+    st.adapt(model, st.lora(rank=2), ["up"], name="b")
+    assert all(".b." in n for n, _ in st.trainable_parameters(model))
+
+
+@methods
+def test_copies_and_pickles(method):
+    model, _, ids = chain(method)
+    shake(model)
+    y = model(ids)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(ids), y)
+        assert type(other.up) is type(model.up)
+        shake(other)
+        assert torch.equal(model(ids), y)
+        st.remove(other, "default")
+        assert type(other.up) is nn.Linear
+
+
+@methods
+def test_state_dict_round_trip(method):
+    model, before, ids = chain(method)
+    shake(model)
+    other, _, _ = chain(method)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(ids), model(ids))
+    assert set(before.state_dict()) <= set(model.state_dict())
+
+
+def test_saved_module_is_a_private_copy():
+    model, before, ids = chain(METHODS[0])
+    shake(model)
+    assert torch.equal(model.classifier.weight, before.classifier.weight)
+    y = model(ids)
+    st.merge(model)
+    assert type(model.classifier) is nn.Linear
+    assert not torch.equal(model.classifier.weight, before.classifier.weight)
+    torch.testing.assert_close(model(ids), y, rtol=1e-10, atol=1e-11)
+
+
+@methods
+def test_tied_weights(method):
+    """An adapter on a tied embedding changes the embedding only; merging unties it and says so."""
+    model = tiny_llama(tied=True)
+    ids = torch.randint(0, 31, (2, 6))
+    st.adapt(model, method.recipe(), ["embed_tokens", "q_proj"])
+    shake(model)
+    with torch.no_grad():
+        y = model(ids).logits
+        with st.merged(model):
+            torch.testing.assert_close(model(ids).logits, y, rtol=1e-4, atol=1e-5)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        report = st.merge(model)
+        assert len(report.untied) == 1 and "embed_tokens" in report.untied[0] and "lm_head" in report.untied[0]
+        assert model.config.tie_word_embeddings is False
+        torch.testing.assert_close(model(ids).logits, y, rtol=1e-4, atol=1e-5)
+
+
+def test_merge_refuses_and_changes_nothing():
+    model, before, _ids = chain(METHODS[0], torch.float32)
+    with pytest.raises(st.AdapterNameError, match="no adapter"):
+        st.merge(before)
+    st.activate(model, [])
+    with pytest.raises(st.AdapterNameError, match="'default' is attached but not active"):
+        st.merge(model)
+    st.activate(model, "default")
+    with torch.no_grad():
+        model.up.adapters["default"].structure.B[0, 0] = float("nan")
+    with pytest.raises(st.SlimtuneError, match=r"up.adapters.default.structure.B is not finite"):
+        st.merge(model)
+    with torch.no_grad():
+        model.half()
+        model.up.adapters["default"].structure.B.fill_(6e4)
+        model.up.adapters["default"].structure.A.fill_(6e4)
+    with pytest.raises(st.SlimtuneError, match="overflows float16"):
+        st.merge(model)
+    assert torch.equal(model.up.weight, before.half().up.weight)
+
+
+@methods
+def test_meta_model_then_real_weights(method):
+    """Attach on meta, load the base, initialise: the same as attaching to the loaded base."""
+    torch.manual_seed(0)
+    real = Chain(torch.float32).eval()
+    with torch.device("meta"):
+        model = Chain().eval()
+    st.adapt(model, method.recipe(), Chain.targets, modules_to_save=["classifier"])
+    assert all(p.is_meta for p in model.parameters())
+    for name, module in real.named_modules():
+        for key, p in module.named_parameters(recurse=False):
+            setattr(model.get_submodule(name), key, nn.Parameter(p.detach().clone(), requires_grad=False))
+    st.initialize(model)
+    assert not any(p.is_meta for p in model.parameters())
+    ids = Chain.ids()
+    assert torch.equal(model(ids), real(ids))
+    shake(model)
+    assert {n for n, _ in st.trainable_parameters(model)} >= {"classifier.adapters.default.weight"}
+
+
+def test_meta_adapter_refuses_to_merge_or_save(tmp_path):
+    with torch.device("meta"):
+        model = Chain()
+    st.adapt(model, st.dora(), Chain.targets)
+    with pytest.raises(st.SlimtuneError, match="meta"):
+        st.merge(model)
+    with pytest.raises(st.SlimtuneError, match="meta"):
+        st.save(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_summary_counts():
+    model, before, _ = chain(METHODS[0])
+    s = st.summary(model)
+    assert s.trainable == sum(r.parameters for r in s.rows) == sum(p.numel() for _, p in st.trainable_parameters(model))
+    assert s.total == s.trainable + sum(p.numel() for p in before.parameters())
+    assert "trainable" in str(s) and "classifier" in str(s)
+    assert {r.method for r in s.rows} == {"lora", "full"}
+
+
+def test_param_groups():
+    model, _, _ = chain(METHODS[2])
+    groups = {g["name"]: g for g in st.param_groups(model, lr=0.1, b_ratio=16, weight_decay=0.01)}
+    up = model.up.adapters["default"]
+    assert any(p is up.structure.B for p in groups["fast"]["params"]) and groups["fast"]["lr"] == pytest.approx(1.6)
+    assert any(p is up.structure.A for p in groups["base"]["params"]) and groups["base"]["lr"] == 0.1
+    assert any(p is up.composition.magnitude for p in groups["plain"]["params"])
+    assert groups["plain"]["weight_decay"] == 0 and groups["base"]["weight_decay"] == 0.01
+    grouped = [id(p) for g in groups.values() for p in g["params"]]
+    assert sorted(grouped) == sorted(id(p) for _, p in st.trainable_parameters(model))
+    with pytest.raises(st.ConfigError, match="b_ratio must be positive"):
+        st.param_groups(model, lr=0.1, b_ratio=0)
+    with pytest.raises(st.ConfigError, match="no trainable parameter"):
+        st.param_groups(nn.Linear(2, 2).requires_grad_(False), lr=0.1)
+
+
+class Recorder(st.Controller):
+    def __init__(self):
+        self.steps, self.norms = 0, []
+
+    def before_step(self, model):
+        for _, p in st.trainable_parameters(model):
+            p.grad.mul_(0.5)
+
+    def after_step(self, model):
+        self.steps += 1
+        self.norms.append(float(sum(p.grad.norm() for _, p in st.trainable_parameters(model))))
+
+
+def test_controller_counts_optimizer_steps_and_edits_gradients():
+    model, _, ids = chain(METHODS[0])
+    optimizer = torch.optim.SGD(st.param_groups(model, lr=1.0))
+    recorder = Recorder()
+    handle = st.attach(recorder, model, optimizer)
+    start = {n: p.detach().clone() for n, p in st.trainable_parameters(model)}
+    grads = {n: torch.zeros_like(p) for n, p in start.items()}
+    for _ in range(3):  # accumulation: three backwards, one step
+        model(ids).square().sum().backward()
+    for n, p in st.trainable_parameters(model):
+        grads[n] = p.grad.clone()
+    optimizer.step()
+    assert recorder.steps == 1
+    for n, p in st.trainable_parameters(model):
+        torch.testing.assert_close(p, start[n] - 0.5 * grads[n])
+    again = Recorder()
+    again.load_state_dict(recorder.state_dict())
+    assert again.steps == 1 and again.norms == recorder.norms
+    with pytest.raises(st.SlimtuneError, match="other keys"):
+        again.load_state_dict({"steps": 1})
+    handle.remove()
+    optimizer.step()
+    assert recorder.steps == 1
+    with pytest.raises(st.SlimtuneError, match="torch optimizer"):
+        st.attach(recorder, model, object())
