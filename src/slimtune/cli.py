@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Optional, cast
 
 import typer
 
-UsageError = typer.BadParameter.__mro__[2]  # click's ClickException, wherever this typer keeps it
+Clicks = cast("type[Exception]", typer.BadParameter.__mro__[2])  # ClickException, wherever this typer keeps it
 
 app = typer.Typer(
     name="slimtune",
@@ -19,7 +20,8 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 verification failed, 130 interrupted.",
 )
 
-Run = Annotated[Path, typer.Argument(help="A run folder, or an adapter folder.")]
+Run = Annotated[Path, typer.Argument(help="A run, adapter or model folder.")]
+Base = Annotated[Optional[str], typer.Option("--model", help="The base model, if not the recorded one.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -90,40 +92,46 @@ def train(
 def merge(
     run: Run,
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder for the merged model.")],
+    dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16, float16; default: the base's.")] = None,  # noqa: UP045
+    max_loss: Annotated[float, typer.Option(help="The share of the change that may be lost.")] = 0.05,
+    model: Base = None,
 ) -> None:
-    """Write an adapter into its base model's weights and say how exactly they hold it."""
+    """Write an adapter into its base model's weights; exit code 3 if they cannot hold it."""
     from slimtune.app.merge import merge_run
 
-    print(merge_run(run, output))
+    print(merge_run(run, output, dtype, max_loss, model))
 
 
 @app.command()
-def verify(run: Run) -> None:
+def verify(run: Run, model: Base = None) -> None:
     """Check that the files are intact and that the adapter changes what the model says; exit code 3 if not."""
     from slimtune.app.verify import verify as check
 
-    report = check(run)
-    print(report)
-    if not report.ok:
+    found = check(run, model)
+    print(found)
+    if not found.ok:
         raise typer.Exit(3)
 
 
 @app.command()
-def inspect(run: Run) -> None:
-    """Show what an adapter holds: method, ranks, sizes and norms by layer."""
+def inspect(
+    run: Run,
+    model: Base = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what an adapter or a model holds: method, ranks, sizes and norms by layer."""
     from slimtune.app.inspect import inspect as look
 
-    print(look(run))
+    found = look(run, model)
+    print(found.to_json()) if json else found.print()
 
 
 @app.command()
-def methods(
-    name: Annotated[Optional[str], typer.Argument(help="One method, in full.")] = None,  # noqa: UP045
-) -> None:
+def methods(name: Annotated[Optional[str], typer.Argument(help="One method, in full.")] = None) -> None:  # noqa: UP045
     """List the methods, or print one with its formula, source, options and defaults."""
-    from slimtune.app.methods import describe, table
+    from slimtune.app.methods import text
 
-    print(describe(name) if name else table())
+    print(text(name))
 
 
 @app.command()
@@ -143,9 +151,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             [word for word in words if word != "--debug"], prog_name="slimtune", standalone_mode=False
         )
         return code if isinstance(code, int) else 0
-    except UsageError as error:
+    except Clicks as error:
         print(f"error: {error.format_message()} (slimtune --help)", file=sys.stderr)  # type: ignore[attr-defined]
         return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; nothing to flush to
+        return 1
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         return 130

@@ -181,7 +181,7 @@ class Magnitude(Composition):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach):
             square = row_square_after_update(base.row_square(), base.matmul(A.t()), B, A, scale)
             norm = square.clamp_min(self.eps**2).sqrt()
-        d = self._parameters["magnitude"] / norm
+        d = self.magnitude / norm
         if (W := base.plain()) is not None:
             rank_dropout = delta.rank_dropout if delta.training else 0.0
             return lowrank_linear(x, W, base.bias, B, A, scale, d, dropout, rank_dropout)

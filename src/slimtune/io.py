@@ -346,7 +346,7 @@ def describe(model: nn.Module, name: str = "default") -> Description:
     require_adapter(model, name)
     layers, recipes = {}, []
     for layer, host in hosts(model, name).items():
-        adapter: Adapter = host.adapters[name]  # type: ignore[assignment]
+        adapter: Adapter = host.adapter(name)
         if adapter.scale.is_meta:
             raise SlimtuneError(f"{layer}: adapter {name!r} is still on the meta device; load weights, then initialize")
         recipe = adapter.recipe

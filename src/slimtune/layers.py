@@ -41,6 +41,8 @@ class Adapter(nn.Module):
     recompiles nor needs a new optimizer.
     """
 
+    scale: Tensor
+
     def __init__(self, recipe: Recipe, out_features: int, in_features: int, **kwargs: Any) -> None:
         super().__init__()
         self.recipe = recipe
@@ -295,6 +297,10 @@ class Extended(nn.Module):
     adapters: nn.ModuleDict
     active_adapters: tuple[str, ...]
 
+    def adapter(self, name: str) -> Any:
+        """The addition called `name`: an Adapter, or a module's trainable copy."""
+        return self.adapters[name]
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the class is made at run time, so pickle and deepcopy go through the class it extends
         return _rebuild, (self.base_class, getattr(self, "layout", None)), self.__dict__
@@ -309,6 +315,7 @@ class Host(Extended):
 
     layout: type[LinearLayout]
     is_plain: bool
+    weight: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         return self.map()(x)
@@ -373,7 +380,7 @@ def check_host(module: nn.Module, name: str) -> None:
 
 
 @functools.cache
-def _extended_class(base: type[nn.Module], layout: type[LinearLayout] | None) -> type[Extended]:
+def _extended_class(base: Any, layout: type[LinearLayout] | None) -> type[Extended]:
     fields: dict[str, Any] = {"base_class": base, "__module__": __name__, "__doc__": base.__doc__}
     if layout is None:
         return type(f"Saved{base.__name__}", (SavedModule, base), fields)
@@ -383,21 +390,22 @@ def _extended_class(base: type[nn.Module], layout: type[LinearLayout] | None) ->
 
 
 def _rebuild(base: type[nn.Module], layout: type[LinearLayout] | None) -> Extended:
-    cls = _extended_class(base, layout)
+    cls: Any = _extended_class(base, layout)  # type: ignore[arg-type]
     return cls.__new__(cls)
 
 
 def extend(module: nn.Module, layout: type[LinearLayout] | None) -> Extended:
     """Give a module its extended class, in place and once. `layout` None makes a SavedModule."""
-    if not isinstance(module, Extended):
-        cls = _extended_class(type(module), layout)
-        module.__class__ = cls
-        module.adapters = nn.ModuleDict()
-        module.active_adapters = ()
-    return module  # type: ignore[return-value]
+    if isinstance(module, Extended):
+        return module
+    extended: Any = module
+    extended.__class__ = _extended_class(type(module), layout)  # type: ignore[arg-type]
+    extended.adapters = nn.ModuleDict()
+    extended.active_adapters = ()
+    return extended
 
 
 def restore(module: Extended) -> None:
     """Give a module with no adapters left its own class back."""
     del module._modules["adapters"], module.__dict__["active_adapters"]
-    module.__class__ = module.base_class
+    module.__class__ = module.base_class  # type: ignore[assignment]

@@ -123,7 +123,7 @@ def _columns(module: nn.Module) -> list[tuple[str, str]]:
     return [(own, second if embedding else first) for own, first, second in KEYS]
 
 
-def _to_peft(t: Tensor, key: str, module: nn.Module) -> Tensor:
+def _to_peft(t: Tensor, key: str, module: Any) -> Tensor:
     if _layout(module) is not ConvLayout:
         return t
     kernel = module.weight.shape[1:]
@@ -273,7 +273,7 @@ def _pattern_fits(key: str, name: str, where: str) -> bool:
     return re.match(rf"(.*\.)?({key})$", name) is not None
 
 
-def _is_base_copy(key: str, t: Tensor, model: nn.Module | None, folder: Path) -> bool:
+def _is_base_copy(key: str, t: Tensor, model: Any, folder: Path) -> bool:
     """PEFT stores the whole base embedding beside its adapter; it must be the model's own."""
     if not key.endswith(".base_layer.weight"):
         return False

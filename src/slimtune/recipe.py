@@ -21,10 +21,11 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def _subclasses(cls: type) -> dict[str, type]:
-    found = {}
-    for sub in cls.__subclasses__():
-        found[sub.__name__] = sub
-        found.update(_subclasses(sub))
+    found: dict[str, type] = {}
+    children: list[type] = cls.__subclasses__()
+    for child in children:
+        found[child.__name__] = child
+        found.update(_subclasses(child))
     return found
 
 

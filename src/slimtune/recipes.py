@@ -88,7 +88,7 @@ def dora(
 def _low_rank(
     name: str,
     composition: type[Composition],
-    composition_options: dict[str, object],
+    composition_options: Mapping[str, object],
     rank: int,
     alpha: float | None,
     rank_power: float,

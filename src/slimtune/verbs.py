@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -321,12 +322,12 @@ def initialize(model: nn.Module, name: str = "default") -> None:
         device = host.weight.device
         if device.type == "meta":
             continue
-        adapter = host.adapters[name]
+        adapter = host.adapter(name)
         if adapter.scale.is_meta:
             adapter.to_empty(device=device)
         adapter.initialize(host.map(below=name))
     for module in saved_modules(model, name).values():
-        new = module.adapters[name]
+        new = module.adapter(name)
         state = module.base_state()
         if any(t.is_meta for t in new.state_dict().values()) and not any(t.is_meta for t in state.values()):
             new.to_empty(device=next(iter(state.values())).device)
@@ -513,7 +514,7 @@ def merge(model: nn.Module) -> MergeReport:
     for _, module in list(extended(model)):
         module.adapters.clear()
         restore(module)
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if report.untied and getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False
     return report

@@ -4,6 +4,9 @@ An adapter that drops its input would otherwise keep a mask and a second copy of
 only a seed is kept; `replayed_dropout` also makes whatever consumes the dropped tensor keep x itself.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -55,7 +58,7 @@ class _Drop(torch.autograd.Function):
         return dropped(grad, ctx.p, ctx.seed).mul_(1 / keep_probability(ctx.p)), None, None
 
 
-def replayed_dropout(function, x: Tensor, p: float) -> Tensor:
+def replayed_dropout(function: Callable[[Tensor], Tensor], x: Tensor, p: float) -> Tensor:
     """function(dropout(x, p)), keeping x for the backward pass wherever `function` would keep the dropped x.
 
     Under torch.compile this is ordinary dropout: the compiler recomputes masks by itself.
@@ -68,12 +71,12 @@ def replayed_dropout(function, x: Tensor, p: float) -> Tensor:
         return function(d)
     kept, storage = x.detach(), d.untyped_storage().data_ptr()
 
-    def pack(t: Tensor):
+    def pack(t: Tensor) -> Any:
         if t.dtype == d.dtype and t.untyped_storage().data_ptr() == storage:
             return (t.size(), t.stride(), t.storage_offset())
         return t
 
-    def unpack(saved):
+    def unpack(saved: Any) -> Tensor:
         if isinstance(saved, Tensor):
             return saved
         again = dropped(kept, p, seed).mul_(1 / keep_probability(p))
