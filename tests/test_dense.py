@@ -172,3 +172,40 @@ def test_trainable_scale_receives_its_gradient(method):
     fast, slow = model(x), dense_forward(model.layer, x)
     (a,), (b,) = (torch.autograd.grad(y.square().sum(), [scale]) for y in (fast, slow))
     torch.testing.assert_close(a, b)
+
+
+@methods
+def test_nothing_remembered_without_gradients_goes_stale(method):
+    """Repeated no-grad calls may reuse work; every way of changing a weight must be seen."""
+    model, x = adapted(method, LAYERS[0])
+    host = model.layer
+    adapter = host.adapters["default"]
+    x = x.detach()
+
+    def check():
+        with torch.no_grad():
+            for _ in range(2):
+                torch.testing.assert_close(model(x), dense_forward(host, x), rtol=1e-10, atol=1e-12)
+
+    check()
+    with torch.no_grad():
+        for t in (host.weight, *adapter.parameters(), adapter.scale):
+            t.mul_(1.5)
+            check()
+        host.weight.data = host.weight.data * 2
+        check()
+        adapter.structure.B.data.mul_(3)  # behind autograd's back: a mode switch is what makes it seen
+        model.eval()
+        check()
+    optimizer = torch.optim.AdamW(st.param_groups(model, lr=0.1))
+    model(x).sum().backward()
+    optimizer.step()
+    check()
+    st.adapt(model, st.lora(rank=2), ["layer"], name="under")
+    st.activate(model, ["under", "default"])
+    check()
+    with torch.no_grad():
+        host.adapters["under"].structure.B.normal_()
+    check()
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), dense_forward(host, x), rtol=1e-10, atol=1e-12)

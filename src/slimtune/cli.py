@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Optional, cast
+from typing import Annotated, cast
 
 import typer
 
@@ -21,7 +21,7 @@ app = typer.Typer(
 )
 
 Run = Annotated[Path, typer.Argument(help="A run, adapter or model folder.")]
-Base = Annotated[Optional[str], typer.Option("--model", help="The base model, if not the recorded one.")]
+Base = Annotated[str | None, typer.Option("--model", help="The base model, if not the recorded one.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -51,12 +51,12 @@ def demo(
 
 @app.command()
 def train(
-    config: Annotated[Optional[str], typer.Argument(help="The YAML file, or a first key=value.")] = None,  # noqa: UP045
+    config: Annotated[str | None, typer.Argument(help="The YAML file, or a first key=value.")] = None,
     overrides: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as method_options.rank=4."),
     ] = None,
-    file: Annotated[Optional[Path], typer.Option("--config", help="The YAML file.")] = None,  # noqa: UP045
+    file: Annotated[Path | None, typer.Option("--config", help="The YAML file.")] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of the file.")] = False,
 ) -> None:
     """Train an adapter, or a whole model, from one YAML file; continues an interrupted run."""
@@ -92,7 +92,7 @@ def train(
 def merge(
     run: Run,
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder for the merged model.")],
-    dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16, float16; default: the base's.")] = None,  # noqa: UP045
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default: the base's.")] = None,
     max_loss: Annotated[float, typer.Option(help="The share of the change that may be lost.")] = 0.05,
     model: Base = None,
 ) -> None:
@@ -127,7 +127,7 @@ def inspect(
 
 
 @app.command()
-def methods(name: Annotated[Optional[str], typer.Argument(help="One method, in full.")] = None) -> None:  # noqa: UP045
+def methods(name: Annotated[str | None, typer.Argument(help="One method, in full.")] = None) -> None:
     """List the methods, or print one with its formula, source, options and defaults."""
     from slimtune.app.methods import text
 

@@ -37,6 +37,10 @@ class LinearMap(ABC):
     def row_square(self) -> Tensor:
         """|W|_row^2, (O,), at least fp32."""
 
+    @abstractmethod
+    def key(self) -> tuple[Any, ...] | None:
+        """Something that differs once `weight()` may have changed; None if that cannot be told."""
+
     @property
     @abstractmethod
     def bias(self) -> Tensor | None:
@@ -103,6 +107,13 @@ class Composition(nn.Module, ABC):
         return {}
 
 
+def version(*tensors: Tensor) -> tuple[Any, ...] | None:
+    """A key of these tensors' contents, by address and autograd's version counter; None for inference tensors."""
+    if any(t.is_inference() for t in tensors):
+        return None
+    return tuple((t.data_ptr(), t._version) for t in tensors)
+
+
 def _row_square(W: Tensor) -> Tensor:
     t = torch.promote_types(W.dtype, torch.float32)
     return torch.linalg.vector_norm(W, dim=1, dtype=t).square()
@@ -144,7 +155,9 @@ class Magnitude(Composition):
     in fp32, so neither V nor dW is built. Rows whose norm is below `eps` are divided by `eps`. With dropout, the
     base keeps the whole input and only the change sees the dropped one; the norm is that of the undropped V.
 
-    The output of a bias-free layer is kept for the backward pass: do not overwrite it in place.
+    Without gradients, m / |V|_row is computed once and kept until a parameter changes or `train()` or `eval()` is
+    called, so that decoding token by token does not pay for the norm. The output of a bias-free Linear is kept for the
+    backward pass: do not overwrite it in place.
 
     Args:
         detach: hold |V|_row constant in the gradient, as section 4.3 of the paper does. False gives the exact
@@ -155,6 +168,11 @@ class Magnitude(Composition):
     def __init__(self, *, detach: bool = True, eps: float = 1e-8) -> None:
         super().__init__()
         self.detach, self.eps = detach, eps
+        self._kept: tuple[Any, Tensor] | None = None
+
+    def train(self, mode: bool = True) -> Magnitude:
+        self._kept = None
+        return super().train(mode)
 
     def build(self, out_features: int, in_features: int, **kwargs: Any) -> None:
         self.magnitude = nn.Parameter(torch.empty(out_features, **kwargs))
@@ -178,10 +196,7 @@ class Magnitude(Composition):
         if not isinstance(delta, Factored):
             return super().forward(x, base, delta, scale, dropout)
         B, A = delta.factors()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach):
-            square = row_square_after_update(base.row_square(), base.matmul(A.t()), B, A, scale)
-            norm = square.clamp_min(self.eps**2).sqrt()
-        d = self.magnitude / norm
+        d = self._row_scale(base, B, A, scale)
         if (W := base.plain()) is not None:
             rank_dropout = delta.rank_dropout if delta.training else 0.0
             return lowrank_linear(x, W, base.bias, B, A, scale, d, dropout, rank_dropout)
@@ -189,3 +204,22 @@ class Magnitude(Composition):
         d = d.to(y.dtype)
         y = (y + scale.to(y.dtype) * base.change(x, delta, dropout)) * base.rows(d)
         return y if bias is None else y + base.rows(bias.to(y.dtype) * (1 - d))
+
+    def _row_scale(self, base: LinearMap, B: Tensor, A: Tensor, scale: Tensor) -> Tensor:
+        """m / |W + s B A|_row, (O,)."""
+        m: Tensor = self._parameters["magnitude"]  # type: ignore[assignment]
+        key = None
+        if not torch.compiler.is_compiling():
+            if torch.is_grad_enabled():
+                self._kept = None
+            elif (below := base.key()) is not None and (own := version(m, B, A, scale)) is not None:
+                key = (below, own)
+                if self._kept is not None and self._kept[0] == key:
+                    return self._kept[1]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach):
+            square = row_square_after_update(base.row_square(), base.matmul(A.t()), B, A, scale)
+            norm = square.clamp_min(self.eps**2).sqrt()
+        d = m / norm
+        if key is not None:
+            self._kept = (key, d)
+        return d

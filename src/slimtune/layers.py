@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .compositions import LinearMap
+from .compositions import LinearMap, version
 from .errors import TargetError
 from .ops import replayed_dropout
 from .recipe import Recipe
@@ -95,6 +95,10 @@ class Adapted(LinearMap):
     def row_square(self) -> Tensor:
         return self.adapter.composition.row_square(*self._parts())
 
+    def key(self) -> tuple[Any, ...] | None:
+        below, own = self.below.key(), version(self.adapter.scale, *self.adapter.parameters())
+        return None if below is None or own is None else (below, own)
+
     @property
     def bias(self) -> Tensor | None:
         return self.below.bias
@@ -152,6 +156,9 @@ class LinearLayout(LinearMap):
             return self._oriented(W) @ V.to(W.dtype)
         y = self(V.t().contiguous())  # packed: ask the layer itself
         return (y if self.bias is None else y - self.bias).t()
+
+    def key(self) -> tuple[Any, ...] | None:
+        return version(self.layer.weight)
 
     def row_square(self) -> Tensor:
         W = self.weight()

@@ -105,7 +105,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 def newest_good(run: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
     """The newest undamaged checkpoint, or None, and every newer one that was skipped, with the reason."""
-    skipped = []
+    skipped: list[tuple[Path, str]] = []
     for path in checkpoints(run):
         problems = verify(path)
         if not problems:
@@ -166,7 +166,7 @@ def _cause(error: Exception, run: Path) -> str:
     with contextlib.suppress(OSError):
         full = full or shutil.disk_usage(run).free < 2**20
     if full:
-        return "no space left on the disk"
+        return "the disk is full"
     return (error.strerror or str(error)) if isinstance(error, OSError) else str(error).splitlines()[0]
 
 

@@ -168,7 +168,7 @@ def changes(model: nn.Module, ranks: bool = True) -> dict[str, tuple[float, floa
     """(|dW|, |dW| / |W|, stable rank of dW) of every adapted layer; without `ranks` the last is 0, which is faster."""
     import torch
 
-    from slimtune.adapt import hosts
+    from slimtune.verbs import hosts
 
     found = {}
     with torch.no_grad():

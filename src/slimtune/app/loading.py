@@ -179,14 +179,13 @@ def _recorded_base(place: Place, model: str | None) -> Base:
     from slimtune.hf import models as hf
 
     if place.kind == "model":
-        name, kind, extra = str(model or place.folder), _class_of(place.folder), {}
+        name, kind, extra = str(model or place.folder), _class_of(place.folder), dict[str, Any]()
     else:
         name, kind, extra = _named_in(place.folder, model)
-    cls = getattr(transformers, kind or "", None)
+    cls: Any = getattr(transformers, kind or "", None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
-        raise ConfigError(
-            f"{place.folder}: its base is a {kind or 'model of unknown class'}, not a class of transformers"
-        )
+        what = kind or "model of unknown class"
+        raise ConfigError(f"{place.folder}: its base is a {what}, which is not a class of transformers")
     folder = hf.resolve_model(name)
     try:
         import torch
@@ -228,9 +227,8 @@ def _named_in(folder: Path, model: str | None) -> tuple[str, str | None, dict[st
     saved = ((manifest or {}).get("adapter") or {}).get("modules_to_save") or []
     if saved:
         description, tensors, _ = io.read_description(folder)
-        outputs = [
-            t.shape[0] for key, t in tensors.items() if t.dim() == 2 and key.startswith(tuple(description.saved))
-        ]
+        heads = tuple(f"{name}." for name in description.saved)
+        outputs = [t.shape[0] for key, t in tensors.items() if t.dim() == 2 and key.startswith(heads)]
         if outputs:
             extra["num_labels"] = outputs[-1]
     return name, base.get("class"), extra

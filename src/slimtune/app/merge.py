@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from slimtune.adapt import MergeReport
+    from slimtune.verbs import MergeReport
 
 RECORD = "slimtune_merge.json"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -49,7 +49,8 @@ class MergeResult:
         lines = [
             f"{len(self.layers)} layers merged in {self.dtype}; rounding lost {self.share:.2e} of the change "
             f"(worst layer: {worst['name']}, {worst['share']:.2e})",
-            f"outputs: the adapter changes them by {self.effect:.3g}, the merged model differs by {self.difference:.2e}",
+            f"outputs: the adapter changes them by {self.effect:.3g}, "
+            f"the merged model differs from the adapted one by {self.difference:.2e}",
             *(f"untied: {name}" for name in self.untied),
             f"written and reloaded: {self.out}",
         ]
@@ -160,7 +161,8 @@ def own_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 def _cast(model: nn.Module, report: MergeReport, kinds: dict[str, torch.dtype]) -> tuple[list[dict[str, Any]], float]:
     """Round every tensor to its dtype in place; what that lost of the change, per layer and in all."""
-    exact = {layer.name: model.get_submodule(layer.name).weight.detach().clone() for layer in report.layers}
+    weights: dict[str, nn.Parameter] = dict(model.named_parameters(remove_duplicate=False))
+    exact = {layer.name: weights[f"{layer.name}.weight"].detach().clone() for layer in report.layers}
     for name, tensor in own_tensors(model):
         if name in kinds:
             tensor.data = tensor.data.to(kinds[name])
@@ -168,7 +170,7 @@ def _cast(model: nn.Module, report: MergeReport, kinds: dict[str, torch.dtype]) 
                 raise VerificationError(f"{name} is not finite in {str(kinds[name]).removeprefix('torch.')}")
     layers, lost, total = [], 0.0, 0.0
     for layer in report.layers:
-        kept = model.get_submodule(layer.name).weight
+        kept = weights[f"{layer.name}.weight"].detach()
         error = float((kept.to(exact[layer.name].dtype) - exact[layer.name]).norm())
         error = (error**2 + layer.error_norm**2) ** 0.5
         share = error / layer.delta_norm if layer.delta_norm else 0.0
@@ -180,7 +182,7 @@ def _cast(model: nn.Module, report: MergeReport, kinds: dict[str, torch.dtype]) 
 
 def _write(loaded: LoadedRun, folder: Path) -> None:
     """The model in transformers' own form with its tokenizer, or one safetensors file for a factory's module."""
-    network = loaded.model
+    network: Any = loaded.model
     if hasattr(network, "save_pretrained"):
         network.save_pretrained(folder)
         if hasattr(loaded.processing, "save_pretrained"):
@@ -198,7 +200,7 @@ def _reload(loaded: LoadedRun, folder: Path, wide: torch.dtype) -> LoadedRun:
     """The model in `folder` built anew, nothing missing and nothing left over, in a wide dtype."""
     from slimtune.hf.models import quiet
 
-    network = loaded.model
+    network: Any = loaded.model
     if hasattr(network, "save_pretrained"):
         with quiet():
             fresh, found = type(network).from_pretrained(

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 import slimtune as st
-from slimtune.verbs import saved_modules
 from slimtune.app.config import TrainConfig
 from slimtune.app.rules import suggest
 from slimtune.app.weights import inside
 from slimtune.errors import ConfigError
 from slimtune.recipe import matches
+from slimtune.verbs import saved_modules
 
 RATES = {"full": 5e-5, "head": 1e-3}  # for AdamW, where no recipe says better
 MAX_RANK = 1 << 16

@@ -67,11 +67,11 @@ def find_beginning(cfg: TrainConfig) -> Beginning:
     if wanted is False:
         return Beginning()
     if isinstance(wanted, str) and wanted != "auto":
-        path = Path(wanted)
-        problems = checkpoint.verify(path)
+        named = Path(wanted)
+        problems = checkpoint.verify(named)
         if problems:
-            raise FileFormatError(f"resume_from_checkpoint: {path} is damaged: {'; '.join(problems)}")
-        return _compatible(cfg, Beginning(path, [], read_state(path)))
+            raise FileFormatError(f"resume_from_checkpoint: {named} is damaged: {'; '.join(problems)}")
+        return _compatible(cfg, Beginning(named, [], read_state(named)))
     metrics = _finished(run)
     if metrics is not None:
         before = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))

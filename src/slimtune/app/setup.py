@@ -51,6 +51,7 @@ def arguments(cfg: TrainConfig) -> TrainingArguments:
             data_seed=cfg.data_seed,
             bf16=cfg.bf16,
             torch_compile=cfg.torch_compile,
+            use_cpu=not torch.accelerator.is_available(),  # without it processes on CPUs do not find each other
             logging_strategy="steps",
             logging_steps=cfg.logging_steps,
             logging_nan_inf_filter=False,

@@ -76,9 +76,9 @@ class SlimTrainer(Trainer):
     # ---- the step
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
+        if self.optimizer is None:  # type: ignore[has-type]
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = cls(self.make_groups(self.model), **options)
+            self.optimizer: torch.optim.Optimizer = cls(self.make_groups(self.model), **options)
         return self.optimizer
 
     def compute_loss(
@@ -150,9 +150,9 @@ class SlimTrainer(Trainer):
         window = self.accelerator.gather(self._tr_loss.reshape(1)).mean().item()
         self.run_state["window"] = {"loss": window, "since": self._globalstep_last_logged}
         self.run_state["train_runtime"] = self.clock()
-        self._together(final, lambda: self.args.should_save and checkpoint.prepare(final))
+        self._together(final, lambda: checkpoint.prepare(final) if self.args.should_save else None)
         self._together(final, lambda: self._write(checkpoint.staging(final)))
-        self._together(final, lambda: self.args.should_save and self._publish(run, final))
+        self._together(final, lambda: self._publish(run, final) if self.args.should_save else None)
 
     def _write(self, folder: Path) -> None:
         self._save_optimizer_and_scheduler(str(folder))

@@ -103,9 +103,7 @@ def _adapter(report: VerifyReport, place: Place, path: str, model: str | None) -
     if moved and len(still) == len(moved):
         report.add("weights", False, f"no effect: none of the {len(moved)} layers changes its weight")
     elif still:
-        report.add(
-            "weights", None, f"{len(still)} of {len(moved)} layers do not change their weight (first: {still[0]})"
-        )
+        report.add("weights", None, f"{len(still)} of {len(moved)} layers change nothing (first: {still[0]})")
     else:
         largest = max(moved, key=lambda name: moved[name][1])
         report.add("weights", True, f"{len(moved)} layers change; most: {largest}, |dW|/|W| = {moved[largest][1]:.2%}")
@@ -207,6 +205,5 @@ def _checkpoints(report: VerifyReport, run: Path) -> None:
 
     for path in checkpoint.checkpoints(run):
         problems = checkpoint.verify(path)
-        report.add(
-            "checkpoint", not problems, f"{path.name}: {'; '.join(problems) or 'every file matches its SHA-256'}"
-        )
+        said = "; ".join(problems) or "every file matches its SHA-256"
+        report.add("checkpoint", not problems, f"{path.name}: {said}")

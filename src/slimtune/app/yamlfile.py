@@ -60,7 +60,7 @@ def read(path: Path) -> tuple[dict[str, Any], Lines]:
         if node is None:
             return {}, lines
         if not isinstance(node, yaml.MappingNode):
-            raise ConfigError(f"{path}:1: expected `key: value` lines, found a {node.id}")
+            raise ConfigError(f"{path}:1: expected `key: value` lines, found a {type(node).__name__[:-4].lower()}")
         _walk(node, (), lines, problems, 0)
         if problems:
             raise ConfigError("\n".join(f"{path}:{problem}" for problem in problems))
@@ -80,12 +80,14 @@ def _walk(node: yaml.Node, at: tuple[str | int, ...], lines: Lines, problems: li
         raise ValueError("nested deeper than 20 levels")
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            path, line = (*at, str(key.value)), key.start_mark.line + 1
+            path: tuple[str | int, ...] = (*at, str(key.value))
+            line = key.start_mark.line + 1
             if path in lines:
                 problems.append(f"{line}: key '{key.value}' is written twice (first on line {lines[path]})")
             lines.setdefault(path, line)
             _walk(value, path, lines, problems, depth + 1)
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
-            lines[(*at, index)] = item.start_mark.line + 1
-            _walk(item, (*at, index), lines, problems, depth + 1)
+            path = (*at, index)
+            lines[path] = item.start_mark.line + 1
+            _walk(item, path, lines, problems, depth + 1)

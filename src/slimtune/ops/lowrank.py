@@ -38,33 +38,27 @@ def lowrank_linear(
         >>> torch.allclose(lowrank_linear(x, W, None, B, A, s), x @ (W + s * B @ A).T, atol=1e-5)
         True
     """
-    autocast = torch.is_autocast_enabled(x.device.type)
-    if autocast:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-        with torch.autocast(x.device.type, enabled=False):
-            return _dispatch(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout)
-    return _dispatch(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout)
-
-
-def _dispatch(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout):
     if torch.compiler.is_compiling():
         return _composed(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout)
-    if torch.is_grad_enabled() and (
-        x.requires_grad
-        or A.requires_grad
-        or B.requires_grad
-        or scale.requires_grad
-        or (row_scale is not None and row_scale.requires_grad)
-    ):
-        if scale.requires_grad:
-            B, scale = scale * B, torch.ones_like(scale)
-        if rank_dropout:
-            mask = F.dropout(x.new_ones(x.shape[:-1] + A.shape[:1]), rank_dropout)
-        else:
-            mask = None
-        seed = draw_seed() if dropout else 0
-        return _LowRankLinear.apply(x, W, bias, B, A, scale, row_scale, dropout, seed, mask)
-    return _plain(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout)
+    if not torch.is_grad_enabled():
+        return _plain(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout)
+    if not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != W.dtype:
+            return F.linear(x, W, bias)  # torch's own error for mixed dtypes
+        return _differentiable(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout)
+    x = x.to(torch.get_autocast_dtype(x.device.type))
+    with torch.autocast(x.device.type, enabled=False):
+        return _differentiable(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout)
+
+
+def _differentiable(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout):
+    if scale.requires_grad:
+        B, scale = scale * B, torch.ones_like(scale)
+    mask = None
+    if rank_dropout:
+        mask = F.dropout(x.new_ones(x.shape[:-1] + A.shape[:1]), rank_dropout)
+    seed = draw_seed() if dropout else 0
+    return _LowRankLinear.apply(x, W, bias, B, A, scale, row_scale, dropout, seed, mask)
 
 
 def _composed(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout):
@@ -85,23 +79,22 @@ def _composed(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout):
 
 
 def _plain(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout):
-    """No gradient wanted: the fewest kernels."""
-    t = x.dtype
+    """No gradient wanted: the fewest kernels. Under autocast the first product says which dtype it wants."""
+    y = F.linear(x, W, bias)
+    t = y.dtype
     z = F.dropout(x, dropout) if dropout else x
-    h = F.linear(z, _as(A, t)).mul_(_as(scale, t))
+    h = F.linear(z, _as(A, t)).mul_(scale)
     if rank_dropout:
         h = F.dropout(h, rank_dropout)
-    b = None if bias is None else _as(bias, t)
-    y = F.linear(x, _as(W, t), b)
     if y.dim() == 2:
         y.addmm_(h, _as(B, t).t())
     else:
-        y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), _as(B, t).t())
+        y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), _as(B, t).t())
     if row_scale is not None:
         d = _as(row_scale, t)
         y.mul_(d)
-        if b is not None:
-            y.add_(b * (1 - d))
+        if bias is not None:
+            y.add_(_as(bias, t) * (1 - d))
     return y
 
 

@@ -89,8 +89,9 @@ def build_factory_model(
 def load_weights(model: nn.Module, path: Path) -> list[str]:
     """Load a safetensors file strictly; return the module it leaves out, if that is the last one.
 
-    Names and shapes must be those of the module. The only exception is the output layer (the last module with
-    tensors): where none of its tensors are in the file it keeps its drawn weights and its name is returned.
+    Names and shapes must be those of the module. The only exceptions are the batch counters of batch norms, which
+    many files lack, and the output layer (the last module with tensors): where none of its tensors are in the file
+    it keeps its drawn weights and its name is returned.
 
     Raises:
         FileFormatError: damaged, or with missing, unknown or misshapen tensors; nothing is loaded then.
@@ -107,7 +108,7 @@ def load_weights(model: nn.Module, path: Path) -> list[str]:
     own = model.state_dict()
     last = next(reversed([name for name, module in model.named_modules() if _tensors(module)]), "")
     head = {f"{last}.{key}" for key in _tensors(model.get_submodule(last))} if last else set()
-    missing = [key for key in own if key not in stored]
+    missing = [key for key in own if key not in stored and not key.endswith("num_batches_tracked")]
     fresh = [last] if head and head <= set(missing) and len(head) < len(own) else []
     missing = [key for key in missing if not (fresh and key in head)]
     problems = [f"missing {key} {tuple(own[key].shape)}" for key in missing]
@@ -122,7 +123,7 @@ def load_weights(model: nn.Module, path: Path) -> list[str]:
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise FileFormatError(f"{path}: does not fit the model: {'; '.join(problems[:4])}{more}")
-    model.load_state_dict(stored, strict=not fresh)
+    model.load_state_dict(stored, strict=False)
     return fresh
 
 
