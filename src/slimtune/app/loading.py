@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from slimtune.app.record import Record, read_record
 from slimtune.errors import ConfigError, FileFormatError, SlimtuneError
@@ -182,7 +182,7 @@ def _recorded_base(place: Place, model: str | None) -> Base:
         name, kind, extra = str(model or place.folder), _class_of(place.folder), dict[str, Any]()
     else:
         name, kind, extra = _named_in(place.folder, model)
-    cls: Any = getattr(transformers, kind or "", None)
+    cls = getattr(transformers, kind or "", None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         what = kind or "model of unknown class"
         raise ConfigError(f"{place.folder}: its base is a {what}, which is not a class of transformers")
@@ -192,7 +192,7 @@ def _recorded_base(place: Place, model: str | None) -> Base:
 
         with hf.quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            built = cls.from_pretrained(folder, use_safetensors=True, dtype="auto", **extra)
+            built = cast(Any, cls).from_pretrained(folder, use_safetensors=True, dtype="auto", **extra)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{place.folder}: its base {name} cannot be loaded: {str(error).splitlines()[0]}") from error
     try:
