@@ -180,6 +180,7 @@ def events(run: Path, kind: str) -> list[dict[str, Any]]:
 def run_in_child(config: dict[str, Any], plan: dict[str, Any]) -> None:
     """Train through the command line, with `plan` as the misfortune on the way; exits with the command's code."""
     torch.set_num_threads(1)
+    os.environ.update(plan.get("environment", {}))
     calls = 0
 
     def counted(function: Any) -> Any:
@@ -195,7 +196,7 @@ def run_in_child(config: dict[str, Any], plan: dict[str, Any]) -> None:
     if "kill_at_call" in plan:
         for name in ("fsync", "replace"):
             setattr(os, name, counted(getattr(os, name)))
-    if "signal_at_step" in plan:
+    if "signal_at_step" in plan and plan.get("only_rank") in (None, os.environ.get("RANK")):
         from slimtune.app.callbacks import Run
 
         original = Run.on_step_begin
@@ -207,13 +208,13 @@ def run_in_child(config: dict[str, Any], plan: dict[str, Any]) -> None:
             original(self, args, state, control, **rest)
 
         Run.on_step_begin = begin  # type: ignore[method-assign]
-    sys.stdout = sys.stderr = Path(plan["log"]).open("w")
+    sys.stdout = sys.stderr = Path(plan["log"]).open("w")  # noqa: SIM115
     from slimtune import cli
 
     file = Path(plan["log"]).with_suffix(".yaml")
     file.write_text(json.dumps(config))
     code = cli.main(["train", str(file)])
     sys.stdout.flush()
-    if "fsyncs" in plan:
-        Path(plan["fsyncs"]).write_text(str(calls))
+    if "calls" in plan:
+        Path(plan["calls"]).write_text(str(calls))
     sys.exit(code)

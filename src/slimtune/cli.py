@@ -79,12 +79,14 @@ def train(
     from slimtune.app.train import train as run
 
     result = run(checked)
+    first = os.environ.get("RANK", "0") == "0"
     if result.interrupted:
-        print(f"stopped and saved; the same command continues: {result.output_dir}", file=sys.stderr)
+        if first:
+            print(f"stopped and saved; the same command continues: {result.output_dir}", file=sys.stderr)
         raise typer.Exit(130)
     from slimtune.app.summary import closing_lines
 
-    for line in closing_lines(result):
+    for line in closing_lines(result) if first else ():
         print(line)
 
 
@@ -150,6 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = typer.main.get_command(app).main(
             [word for word in words if word != "--debug"], prog_name="slimtune", standalone_mode=False
         )
+        if code == 130:
+            print("interrupted", file=sys.stderr)
         return code if isinstance(code, int) else 0
     except Clicks as error:
         print(f"error: {error.format_message()} (slimtune --help)", file=sys.stderr)  # type: ignore[attr-defined]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -25,9 +26,14 @@ class Run(TrainerCallback):
         self.greater = greater
         self.patience = patience
         self.best = best
+        self.measure_base: Callable[[], dict[str, Any]] | None = None
         self._began = 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.measure_base and "base" not in self.trainer.run_state:
+            # not before training: an evaluation would mark the model as prepared, and DDP would leave it alone
+            self.trainer.run_state["base"] = self.measure_base()
+        self.trainer.stop.deferred = True
         window = self.trainer.run_state.get("window")
         if window:  # the loss since the last log line, which a resumed run would otherwise forget
             self.trainer._tr_loss.fill_(window["loss"])
@@ -174,7 +180,8 @@ class Progress(TrainerCallback):
 def plain(metrics: dict[str, float]) -> dict[str, float]:
     """Metrics without the Trainer's prefix and its timings."""
     timings = ("runtime", "samples_per_second", "steps_per_second", "jit_compilation_time", "model_preparation_time")
-    named = {key.split("_", 1)[1]: value for key, value in metrics.items() if key.startswith(("eval_", "test_"))}
+    prefixes = ("eval_", "test_", "base_", "final_")
+    named = {key.split("_", 1)[1]: value for key, value in metrics.items() if key.startswith(prefixes)}
     return {key: float(value) for key, value in named.items() if key not in timings}
 
 

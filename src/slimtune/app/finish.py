@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import resource
 import sys
@@ -15,21 +14,13 @@ import slimtune as st
 from slimtune.app import checkpoint, resume
 from slimtune.app.callbacks import plain
 from slimtune.app.config import TrainConfig
+from slimtune.app.evaluate import evaluate
 from slimtune.app.method import Method, trained_rows
 from slimtune.app.setup import write_text
 from slimtune.app.tasks import Task
 from slimtune.app.trainer import SlimTrainer
 from slimtune.app.weights import ADAPTER, MODEL, own_state
 from slimtune.errors import SlimtuneError
-
-
-def measure_base(trainer: SlimTrainer, task: Task, adapter: bool) -> dict[str, Any]:
-    """What the model scores before any training, by split."""
-    with st.disabled(trainer.model) if adapter else contextlib.nullcontext():
-        return {
-            "validation": _evaluate(trainer, task.validation, "base"),
-            "test": _evaluate(trainer, task.test, "base") if task.test is not None else None,
-        }
 
 
 def measure(cfg: TrainConfig, trainer: SlimTrainer, task: Task) -> dict[str, Any]:
@@ -40,7 +31,7 @@ def measure(cfg: TrainConfig, trainer: SlimTrainer, task: Task) -> dict[str, Any
     if known:
         validation = {**plain(known[-1]), "samples": len(task.validation)}
     else:
-        validation = _evaluate(trainer, task.validation, "final")
+        validation = evaluate(trainer, task.validation, "final")
     base = state.get("base") or {}
     return {
         "task": cfg.task,
@@ -48,22 +39,13 @@ def measure(cfg: TrainConfig, trainer: SlimTrainer, task: Task) -> dict[str, Any
         "base": base.get("validation"),
         "base_test": base.get("test"),
         "validation": validation,
-        "test": _evaluate(trainer, task.test, "test") if task.test is not None else None,
+        "test": evaluate(trainer, task.test, "test") if task.test is not None else None,
         "best_step": kept if cfg.load_best_model_at_end else None,
         "steps": step,
         "train_runtime": round(state.get("train_runtime", 0.0), 3),
         "seconds_per_step": state.get("step_seconds", 0.0) / max(step, 1),
         "peak_memory_bytes": _peak_memory(),
     }
-
-
-def _evaluate(trainer: SlimTrainer, dataset: Any, split: str) -> dict[str, float]:
-    trainer.split = split
-    try:
-        found = plain(trainer.evaluate(dataset))
-    finally:
-        trainer.split = "validation"
-    return {**found, "samples": len(dataset)}
 
 
 def _take_best(trainer: SlimTrainer) -> int:

@@ -19,6 +19,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 from slimtune.app import checkpoint, resume
 from slimtune.app.callbacks import Progress, Run
 from slimtune.app.config import TrainConfig
+from slimtune.app.evaluate import measure_base
 from slimtune.app.events import Events
 from slimtune.app.method import Method, make_groups
 from slimtune.app.signals import StopRequest
@@ -128,7 +129,10 @@ def trainer(
     built.remove_callback(ProgressCallback)
     progress.trainer = built
     patience = cfg.early_stopping_patience
-    built.add_callback(Run(built, task.metric, task.greater_is_better, patience, cfg.load_best_model_at_end))
+    follow = Run(built, task.metric, task.greater_is_better, patience, cfg.load_best_model_at_end)
+    if not task.fresh if cfg.evaluate_base is None else cfg.evaluate_base:
+        follow.measure_base = lambda: measure_base(built, task, adapter=method.recipe is not None)
+    built.add_callback(follow)
     built.make_groups(task.model)  # raises now, not at the first step
     return built
 

@@ -122,15 +122,11 @@ def _fit(
     from slimtune.app import finish, setup
 
     run, state, stop = Path(cfg.output_dir), trainer.run_state, trainer.stop
-    if "base" not in state and (not task.fresh if cfg.evaluate_base is None else cfg.evaluate_base):
-        state["base"] = finish.measure_base(trainer, task, adapter=method.recipe is not None)
-
     if beginning.path and (beginning.step >= facts["max_steps"] or state.get("finished")):
         trainer.restore(beginning.path)
     else:
         spent, began = state.get("train_runtime", 0.0), time.perf_counter()
         trainer.clock = lambda: spent + time.perf_counter() - began
-        stop.deferred = True
         trainer.train(resume_from_checkpoint=str(beginning.path) if beginning.path else None)
         stop.deferred = False
         state["train_runtime"] = trainer.clock()

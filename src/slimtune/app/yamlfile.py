@@ -54,25 +54,31 @@ def read(path: Path) -> tuple[dict[str, Any], Lines]:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from None
     lines: Lines = {}
     problems: list[str] = []
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return {}, lines
         if not isinstance(node, yaml.MappingNode):
-            raise ConfigError(f"{path}:1: expected `key: value` lines, found a {type(node).__name__[:-4].lower()}")
+            kind = type(node).__name__.removesuffix("Node").lower()
+            raise ConfigError(f"{path}:1: expected `key: value` lines, found a {kind}")
         _walk(node, (), lines, problems, 0)
         if problems:
             raise ConfigError("\n".join(f"{path}:{problem}" for problem in problems))
-        return loader.construct_document(node), lines  # type: ignore[no-untyped-call]
+        return loader.construct_document(node), lines
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise ConfigError(f"{where}: not valid YAML: {error.problem or error.context}") from None
+    except ConfigError:
+        raise
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {str(error) or type(error).__name__}") from None
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"{path}: not valid YAML: {said}") from None
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+        if loader:
+            loader.dispose()
 
 
 def _walk(node: yaml.Node, at: tuple[str | int, ...], lines: Lines, problems: list[str], depth: int) -> None:
