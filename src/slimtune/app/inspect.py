@@ -53,19 +53,32 @@ class Inspection:
         return json.dumps(asdict(self), indent=1)
 
     def print(self) -> None:
-        """The table on the terminal, as wide as it is."""
+        """The table, on a terminal fitted to its width: names lose their beginning, then columns go."""
+        import sys
+
+        if not sys.stdout.isatty():
+            print(self)
+            return
         from rich.console import Console
         from rich.markup import escape
         from rich.table import Table
 
+        console = Console(highlight=False)
+        cells, shown = [HEADS, *(_cells(row) for row in self.rows)], list(range(len(HEADS)))
+        widths = [max(len(line[i]) for line in cells) for i in shown]
+        for dropped in (4, 5):
+            if widths[0] + sum(widths[i] + 2 for i in shown[1:]) > console.width:
+                shown.remove(dropped)
+        room = max(24, console.width - sum(widths[i] + 2 for i in shown[1:]))
         table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-        for i, head in enumerate(HEADS):
-            table.add_column(head, justify="left" if i < 2 else "right", overflow="fold" if i == 0 else "ellipsis")
-        for row in self.rows:
-            table.add_row(*map(escape, _cells(row)))
-        console = Console(soft_wrap=False, highlight=False)
+        for i in shown:
+            table.add_column(HEADS[i], justify="left" if i < 2 else "right", no_wrap=True)
+        for name, *rest in cells[1:]:
+            line = [name if len(name) <= room else "…" + name[1 - room :], *rest]
+            table.add_row(*(escape(line[i]) for i in shown))
         console.print(table)
-        console.print("\n".join(map(escape, self._summary())))
+        for text in self._summary():
+            console.print(text, markup=False)
 
     def __str__(self) -> str:
         table = [HEADS, *(_cells(row) for row in self.rows)]

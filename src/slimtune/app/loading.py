@@ -179,14 +179,14 @@ def _recorded_base(place: Place, model: str | None) -> Base:
     from slimtune.hf import models as hf
 
     if place.kind == "model":
-        name, kind, extra = str(model or place.folder), _class_of(place.folder), dict[str, Any]()
+        name, kind, extra = str(model or place.folder), None, dict[str, Any]()
     else:
         name, kind, extra = _named_in(place.folder, model)
-    cls = getattr(transformers, kind or "", None)
-    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
-        what = kind or "model of unknown class"
-        raise ConfigError(f"{place.folder}: its base is a {what}, which is not a class of transformers")
     folder = hf.resolve_model(name)
+    kind = kind or _architecture(folder)
+    cls = getattr(transformers, kind, None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        raise ConfigError(f"{place.folder}: its base is a {kind}, which is not a class of transformers")
     try:
         import torch
 
@@ -206,12 +206,15 @@ def _recorded_base(place: Place, model: str | None) -> Base:
     return Base(built, processing, [], [], call)
 
 
-def _class_of(folder: Path) -> str | None:
-    from slimtune import io
+def _architecture(name: str) -> str:
+    """The class that a model folder or hub name was saved from."""
+    import transformers
 
-    config = io.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    names = config.get("architectures")
-    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+    try:
+        names = transformers.AutoConfig.from_pretrained(name).architectures
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{name}: no usable config.json: {str(error).splitlines()[0]}") from error
+    return names[0] if names else "model of unknown class"
 
 
 def _named_in(folder: Path, model: str | None) -> tuple[str, str | None, dict[str, Any]]:

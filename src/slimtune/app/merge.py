@@ -111,13 +111,13 @@ def merge_run(
             f"{max(layers, key=lambda e: e['share'])['name']}), more than {max_loss:.1%}; choose dtype float32, or a "
             "larger max_loss"
         )
-    result = MergeResult(final, _name(kinds), share, layers, _relative(after, before, before), 0.0, report.untied)
+    result = MergeResult(final, _name(kinds), share, layers, relative(after, before), 0.0, report.untied)
     final.parent.mkdir(parents=True, exist_ok=True)
     staging = checkpoint.prepare(final)
     try:
         _write(loaded, staging)
         again = logits(_reload(loaded, staging, wide), inputs)
-        result.difference = _relative(again, after, after)
+        result.difference = relative(again, after)
         lost, allowed = float((again - after).norm()), max_loss * float((after - before).norm())
         if not lost <= allowed + NOISE * float(after.norm()):
             raise VerificationError(
@@ -184,9 +184,12 @@ def _write(loaded: LoadedRun, folder: Path) -> None:
     """The model in transformers' own form with its tokenizer, or one safetensors file for a factory's module."""
     network: Any = loaded.model
     if hasattr(network, "save_pretrained"):
-        network.save_pretrained(folder)
-        if hasattr(loaded.processing, "save_pretrained"):
-            loaded.processing.save_pretrained(folder)
+        from slimtune.hf.models import quiet
+
+        with quiet():
+            network.save_pretrained(folder)
+            if hasattr(loaded.processing, "save_pretrained"):
+                loaded.processing.save_pretrained(folder)
         return
     from safetensors.torch import save_file
 
@@ -227,6 +230,6 @@ def _name(kinds: dict[str, torch.dtype]) -> str:
     return "/".join(names)
 
 
-def _relative(a: Tensor, b: Tensor, scale: Tensor) -> float:
-    """|a - b| / |scale|."""
-    return float((a - b).norm()) / max(float(scale.norm()), 1e-30)
+def relative(a: Tensor, b: Tensor) -> float:
+    """|a - b| over the larger of |a| and |b|."""
+    return float((a - b).norm()) / max(float(a.norm()), float(b.norm()), 1e-30)

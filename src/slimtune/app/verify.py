@@ -77,7 +77,7 @@ def _adapter(report: VerifyReport, place: Place, path: str, model: str | None) -
     import slimtune as st
     from slimtune import io
     from slimtune.app.inspect import changes
-    from slimtune.app.merge import logits
+    from slimtune.app.merge import logits, relative
 
     try:
         contents = io.check_files(place.folder)
@@ -120,12 +120,10 @@ def _adapter(report: VerifyReport, place: Place, path: str, model: str | None) -
         return
     if not report.add("finite", bool(after.isfinite().all()), f"outputs {tuple(after.shape)} on the probe batch"):
         return
-    effect = float((after - before).norm())
-    relative = effect / max(float(before.norm()), 1e-30)
-    report.add("effect", effect > 0, f"the adapter changes the outputs by {relative:.3g} (relative norm)")
-    gap = float((merged - after).norm())
-    same = gap <= SAME * effect + NOISE * float(after.norm())
-    report.add("merged", same, f"merged weights give the same outputs (difference {gap / float(after.norm()):.1e})")
+    effect, gap = relative(after, before), relative(merged, after)
+    report.add("effect", effect > 0, f"the adapter changes the outputs by {effect:.2%} of their norm")
+    same = gap <= SAME * effect + NOISE
+    report.add("merged", same, f"merged weights give the same outputs (relative difference {gap:.1e})")
 
 
 def _load(report: VerifyReport, path: str, model: str | None) -> LoadedRun | None:
@@ -152,7 +150,7 @@ def _fingerprint(report: VerifyReport, loaded: LoadedRun, manifest: dict[str, An
 def _model(report: VerifyReport, place: Place, path: str, model: str | None) -> None:
     from slimtune.app import checkpoint
     from slimtune.app.inspect import finite_tensors
-    from slimtune.app.merge import RECORD, logits, sample
+    from slimtune.app.merge import RECORD, logits, relative, sample
 
     folder = place.folder
     if (folder / checkpoint.MANIFEST).is_file():
@@ -187,9 +185,8 @@ def _model(report: VerifyReport, place: Place, path: str, model: str | None) -> 
     if place.run is not None:
         base = load_run(path, adapted=False)
         base.model.float()
-        before = logits(base, inputs)
-        effect = float((after - before).norm()) / max(float(before.norm()), 1e-30)
-        report.add("effect", effect > 0, f"training changed the outputs by {effect:.3g} (relative norm)")
+        effect = relative(after, logits(base, inputs))
+        report.add("effect", effect > 0, f"training changed the outputs by {effect:.2%} of their norm")
     if (folder / RECORD).is_file():
         recorded = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         expected, found = recorded["probe"], sample(after)
