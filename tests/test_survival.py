@@ -18,6 +18,13 @@ from tinyrun import image_config, same
 
 pytest.importorskip("transformers")
 
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch):
+    """The report has its own tests; here it would be most of the time."""
+    monkeypatch.setattr("slimtune.app.report.write_report", lambda run: None)
+
+
 SETTINGS = {"max_steps": 6, "eval_steps": 3, "save_steps": 2, "augment": False}
 
 

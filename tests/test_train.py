@@ -15,6 +15,12 @@ from tinyrun import events, image_config, same, text_config, weights
 pytest.importorskip("transformers")
 
 
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch):
+    """The report has its own tests; here it would be most of the time."""
+    monkeypatch.setattr("slimtune.app.report.write_report", lambda run: None)
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     return tinyrun.make_llama(tmp_path_factory.mktemp("llama"))

@@ -210,7 +210,9 @@ def run_in_child(config: dict[str, Any], plan: dict[str, Any]) -> None:
         Run.on_step_begin = begin  # type: ignore[method-assign]
     sys.stdout = sys.stderr = Path(plan["log"]).open("w")  # noqa: SIM115
     from slimtune import cli
+    from slimtune.app import report
 
+    report.write_report = lambda run: None  # type: ignore[assignment]
     file = Path(plan["log"]).with_suffix(".yaml")
     file.write_text(json.dumps(config))
     code = cli.main(["train", str(file)])
