@@ -163,7 +163,14 @@ def test_a_folder_that_is_nothing(tmp_path):
         verify(tmp_path)
     (tmp_path / "config.yaml").write_text("task: sft")
     with pytest.raises(ConfigError, match="without a result"):
-        verify(tmp_path)
+        load_run(tmp_path)
+
+
+def test_a_run_without_a_result(run):
+    shutil.rmtree(run / "adapter")
+    report = verify(run)
+    assert failures(report) == {"result"}
+    assert "checkpoint-4: every file matches" in str(report)
 
 
 def test_an_adapter_that_peft_wrote(place, tmp_path):

@@ -65,11 +65,20 @@ def verify(path: str | Path, model: str | None = None) -> VerifyReport:
     Raises:
         ConfigError: not such a folder. Everything found wrong in it is a failed check, not an exception.
     """
-    place = find(path)
     report = VerifyReport(str(path))
+    run = Path(path).expanduser()
+    if not (run / "config.yaml").is_file():
+        place = find(path)
+    elif any((run / name).is_dir() for name in ("adapter", "model")):
+        place = find(path)
+        run = run.resolve()
+    else:
+        report.add("result", False, "the run is not finished: it has no adapter/ and no model/")
+        _checkpoints(report, run)
+        return report
     (_adapter if place.kind == "adapter" else _model)(report, place, str(path), model)
-    if place.run is not None and Path(path).resolve() == place.run.resolve():
-        _checkpoints(report, place.run)
+    if place.run is not None and place.run.resolve() == run:
+        _checkpoints(report, run)
     return report
 
 
