@@ -45,7 +45,7 @@ def curves(record: Record, metric: str | None) -> list[Figure]:
     found = []
     loss, held_out = record.series("loss"), record.series("loss", record.evaluations)
     lines = []
-    if len(loss[1]) > 12:
+    if len(loss[1]) > 30:
         lines += [Curve(*loss, color=SHADE, faint=True), Curve(loss[0], smooth(loss[1]), "training (smoothed)")]
     elif loss[1]:
         lines.append(Curve(*loss, "training", marks=len(loss[1]) < 3))
@@ -69,14 +69,18 @@ def curves(record: Record, metric: str | None) -> list[Figure]:
 
 
 def layers(record: Record) -> Figure | None:
-    """Each layer's rank where ranks differ, else its number of parameters; None for fewer than two layers."""
-    counts = [number(row.get("parameters")) or 0.0 for row in record.ranks]
-    ranks = [rank for row in record.ranks if (rank := number(row.get("rank"))) is not None]
+    """Each layer's rank where ranks differ, else its number of parameters; None for fewer than two layers.
+
+    Modules trained in full, which would dwarf the rest, are left to the table.
+    """
+    rows = [row for row in record.ranks if number(row.get("rank")) is not None] or record.ranks
+    counts = [number(row.get("parameters")) or 0.0 for row in rows]
+    ranks = [number(row.get("rank")) or 0.0 for row in rows]
     if len(counts) < 2:
         return None
     vary = len(set(ranks)) > 1
-    title = "Rank of each layer" if vary else "Parameters of each layer"
-    values = [number(row.get("rank")) or 0.0 for row in record.ranks] if vary else counts
+    title = "Rank of each adapted layer" if vary else "Parameters of each adapted layer"
+    values = ranks if vary else counts
     return Figure(
         "layers", title, [Curve(range(1, len(values) + 1), values)], bars=True, x_label="layer, in model order"
     )

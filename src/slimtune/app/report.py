@@ -143,12 +143,12 @@ def _tiles(record: Record) -> str:
 
 
 def _epochs(record: Record) -> str:
-    epochs = [
-        e
-        for event in (*record.logs, *record.evaluations, *record.timeline)
-        if (e := number(event.get("epoch"))) is not None
-    ]
-    return f"{max(epochs):.3g} epochs" if epochs else ""
+    """Passes over the data by the last step, from the last event that counts them."""
+    known = [(e, step) for event in record.logs if (e := number(event.get("epoch"))) and (step := event["step"])]
+    if not known:
+        return ""
+    epoch, step = known[-1]
+    return f"{epoch * (number(record.metrics.get('steps')) or record.step) / step:.3g} epochs"
 
 
 def _scores(verdict: Verdict) -> str:
@@ -310,7 +310,7 @@ def _use(record: Record) -> str:
             blocks.append(("Write it into the base model's weights", f"slimtune merge {run} --output {out}"))
         code = (
             f"from slimtune.app.loading import load_run\n\nrun = load_run({_place(record)!r})\n"
-            "model, processing = run.model, run.processing  # adapted, in eval mode; the tokenizer or image settings"
+            "model, processing = run.model, run.processing  # ready for inference"
         )
         blocks.append(("Load it in Python", code))
     body = "".join(f"<p>{escape(title)}</p><pre>{escape(text)}</pre>" for title, text in blocks)
