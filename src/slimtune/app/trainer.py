@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from slimtune.app import checkpoint
 from slimtune.app.callbacks import Progress
@@ -194,6 +194,13 @@ class SlimTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.load(Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        # to "cpu" first, always: transformers 5.17 cannot restore to the "cpu:0" of a distributed run
+        for part, file in ((self.optimizer, OPTIMIZER_NAME), (self.lr_scheduler, SCHEDULER_NAME)):
+            part.load_state_dict(torch.load(Path(checkpoint) / file, map_location="cpu", weights_only=True))
 
     def load(self, path: Path) -> None:
         """Take over the weights of a checkpoint."""
