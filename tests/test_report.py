@@ -153,9 +153,13 @@ def test_plots(run):
     assert "var(--accent)" in page
 
 
-def test_without_matplotlib_there_are_tables(run, monkeypatch):
+@pytest.fixture
+def no_matplotlib(monkeypatch):
     for name in ("matplotlib", "matplotlib.figure", "matplotlib.ticker"):
         monkeypatch.setitem(sys.modules, name, None)
+
+
+def test_without_matplotlib_there_are_tables(run, no_matplotlib):
     page = write_report(run)
     assert "<svg" not in page.read_text(encoding="utf-8")
     text = parse(page).text
@@ -201,13 +205,13 @@ def test_stopped_runs(tmp_path, reason, state):
 
 @pytest.mark.parametrize("content", [b"", b"\x00\xff[", b"[1, 2]", b"null", b"{" * 5000])
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.json", "ranks.json", "events.jsonl"])
-def test_any_file_may_be_damaged(run, name, content):
+def test_any_file_may_be_damaged(run, no_matplotlib, name, content):
     (run / name).write_bytes(content)
     parse(write_report(run))
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.json", "ranks.json", "events.jsonl"])
-def test_any_file_may_be_missing(run, name):
+def test_any_file_may_be_missing(run, no_matplotlib, name):
     (run / name).unlink()
     assert f"{name} is missing" in parse(write_report(run)).text or name == "events.jsonl"
 
