@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dropout import draw_seed, dropped, keep_probability
+from .dropout import draw_seed, dropped, keep_probability, kept
 
 __all__ = ["lowrank_linear", "row_square_after_update"]
 
@@ -119,29 +119,29 @@ class _LowRankLinear(torch.autograd.Function):
         b = None if bias is None else _as(bias, t)
         y = x2 @ W_.t() if b is None else torch.addmm(b, x2, W_.t())
         y.addmm_(h, B_.t())
-        kept = None
+        u = None
         if d is not None:
             # y / d gives the unscaled output back, unless a bias or fp16's range is in the way
             if b is not None or t == torch.float16:
-                kept, y = y, y * d
+                u, y = y, y * d
                 if b is not None:
                     y.add_(b * (1 - d))
             else:
                 floor = torch.finfo(t).tiny ** 0.5
                 d = torch.where(d.abs() < floor, floor, d)
                 y.mul_(d)
-                kept = y
-            ctx.kept_is_output = kept is y
+                u = y
+            ctx.u_is_output = u is y
         y = y.view(*shape[:-1], y.shape[-1])
-        if d is not None and ctx.kept_is_output:
-            kept = y
+        if d is not None and ctx.u_is_output:
+            u = y
         ctx.dropout, ctx.seed = dropout, seed
-        ctx.save_for_backward(x, W, bias, B, A, scale, row_scale, h, kept, rank_mask)
+        ctx.save_for_backward(x, W, bias, B, A, scale, row_scale, h, u, rank_mask)
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, W, bias, B, A, scale, row_scale, h, kept, rank_mask = ctx.saved_tensors
+        x, W, bias, B, A, scale, row_scale, h, u, rank_mask = ctx.saved_tensors
         need_x, _, _, need_B, need_A, _, need_d = ctx.needs_input_grad[:7]
         t = x.dtype
         g = grad.reshape(-1, grad.shape[-1])  # (T, O)
@@ -149,32 +149,29 @@ class _LowRankLinear(torch.autograd.Function):
         grad_d = None
         if row_scale is not None:
             if need_d:
-                u = kept.reshape(g.shape)
-                grad_d = (g * u).sum(0, dtype=torch.promote_types(t, torch.float32))
+                grad_d = torch.linalg.vecdot(g, u.reshape(g.shape), dim=0).to(row_scale.dtype)
                 if bias is not None:
                     grad_d -= bias * g.sum(0, dtype=grad_d.dtype)
-                if ctx.kept_is_output:
-                    grad_d = grad_d / _floored(row_scale.to(grad_d.dtype), t)
-                grad_d = grad_d.to(row_scale.dtype)
+                if ctx.u_is_output:
+                    grad_d /= _floored(row_scale, t)
             g = g * _as(row_scale, t)
         factor = s / keep_probability(ctx.dropout) if ctx.dropout else s
         q = (g @ B_).mul_(factor)  # (T, R): the gradient of z A^T
         if rank_mask is not None:
             q.mul_(rank_mask)
-        grad_B = (g.t() @ h).to(B.dtype) if need_B else None
-        grad_A = None
+        grad_B = (h.t() @ g).t().to(B.dtype) if need_B else None
+        grad_A = grad_x = mask = None
         x2 = x.reshape(-1, x.shape[-1])
+        if ctx.dropout and (need_A or need_x):
+            mask = kept(x2, ctx.dropout, ctx.seed)
         if need_A:
-            z = dropped(x2, ctx.dropout, ctx.seed) if ctx.dropout else x2
-            grad_A = (q.t() @ z).to(A.dtype)
-            del z
-        grad_x = None
+            grad_A = (q.t() @ (x2 if mask is None else x2 * mask)).to(A.dtype)
         if need_x:
             grad_x = g @ _as(W, t)
-            if ctx.dropout:
-                grad_x.add_(dropped(q @ A_, ctx.dropout, ctx.seed))
-            else:
+            if mask is None:
                 grad_x.addmm_(q, A_)
+            else:
+                grad_x.addcmul_(q @ A_, mask)
             grad_x = grad_x.view(x.shape)
         return grad_x, None, None, grad_B, grad_A, None, grad_d, None, None, None
 
