@@ -115,6 +115,22 @@ def test_saved_datasets_folder_names_its_classes(tmp_path):
     assert read_labels(splits)[0] == ["no", "yes"]
 
 
+def test_saved_datasets_folder_with_images(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    from PIL import Image
+
+    from slimtune.app.tasks.pixels import Pixels
+
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
+    pictures = [Image.new("RGB", (4, 4), (i, 0, 9)) for i in range(6)]
+    data = datasets.Dataset.from_dict({"img": pictures, "label": [0, 1] * 3}, features=features)
+    data.save_to_disk(str(tmp_path / "d"))
+    splits = load_splits(config(task="image-classify", dataset_name=str(tmp_path / "d"), validation_fraction=0.4))
+    pixels = Pixels(splits.train, splits.columns["image"], splits.train.column("label"))
+    rows = splits.train.index
+    assert [pixels[i][0][0, 0].tolist() for i in range(len(pixels))] == [[i, 0, 9] for i in rows]
+
+
 def test_npz(tmp_path):
     images, labels = np.zeros((6, 4, 4, 3), np.uint8), np.arange(6) % 3
     np.savez(tmp_path / "a.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)

@@ -219,7 +219,11 @@ def _from_datasets(loaded: Any, name: str) -> dict[str, Table]:
             if key in found:
                 continue
             classes = {c: list(f.names) for c, f in data.features.items() if hasattr(f, "names")}
-            columns = {column: data[column] for column in data.column_names}
+            # images stay where they are and are decoded one by one
+            columns = {
+                c: data[c] if type(feature).__name__ == "Image" else list(data[c])
+                for c, feature in data.features.items()
+            }
             part = Part(f"{name} ({split})", range(len(data)), "row")
             found[key] = Table(f"{name} ({split})", columns, (part,), classes)
     if not found:
