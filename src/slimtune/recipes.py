@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
-from .compositions import Additive, Composition, Magnitude
+from .compositions import Magnitude
 from .recipe import Recipe
 from .structures import LowRank
 
@@ -31,7 +32,21 @@ def lora(
         rank_pattern: ranks of some layers, {name, suffix or glob: R}.
         alpha_pattern: alphas of some layers, likewise.
     """
-    return _low_rank("lora", Additive, {}, rank, alpha, 1.0, dropout, rank_dropout, rank_pattern, alpha_pattern, 5e-4)
+    overrides: dict[str, dict[str, float]] = {}
+    for pattern, r in (rank_pattern or {}).items():
+        overrides[pattern] = {"rank": r} if alpha is not None else {"rank": r, "alpha": 2.0 * r}
+    for pattern, a in (alpha_pattern or {}).items():
+        overrides.setdefault(pattern, {})["alpha"] = float(a)
+    return Recipe(
+        LowRank,
+        {"rank": rank, "rank_dropout": rank_dropout} if rank_dropout else {"rank": rank},
+        alpha=2.0 * rank if alpha is None else float(alpha),
+        rank_power=1.0,
+        dropout=dropout,
+        overrides=overrides,
+        name="lora",
+        learning_rate=5e-4,
+    )
 
 
 def rslora(
@@ -54,7 +69,8 @@ def rslora(
         rank_pattern: ranks of some layers, {name, suffix or glob: R}.
         alpha_pattern: alphas of some layers, likewise.
     """
-    return _low_rank("rslora", Additive, {}, rank, alpha, 0.5, dropout, rank_dropout, rank_pattern, alpha_pattern, 2e-4)
+    plain = lora(rank, alpha, dropout, rank_dropout, rank_pattern, alpha_pattern)
+    return replace(plain, rank_power=0.5, name="rslora", learning_rate=2e-4)
 
 
 def dora(
@@ -79,47 +95,9 @@ def dora(
         alpha_pattern: alphas of some layers, likewise.
         detach: hold |V|_row constant in the gradient (section 4.3).
     """
+    plain = lora(rank, alpha, dropout, rank_dropout, rank_pattern, alpha_pattern)
     options = {} if detach else {"detach": False}
-    return _low_rank(
-        "dora", Magnitude, options, rank, alpha, 1.0, dropout, rank_dropout, rank_pattern, alpha_pattern, 5e-4
-    )
-
-
-def _low_rank(
-    name: str,
-    composition: type[Composition],
-    composition_options: Mapping[str, object],
-    rank: int,
-    alpha: float | None,
-    rank_power: float,
-    dropout: float,
-    rank_dropout: float,
-    rank_pattern: Mapping[str, int] | None,
-    alpha_pattern: Mapping[str, float] | None,
-    learning_rate: float,
-) -> Recipe:
-    options: dict[str, object] = {"rank": rank}
-    if rank_dropout:
-        options["rank_dropout"] = rank_dropout
-    overrides: dict[str, dict[str, object]] = {}
-    for pattern, r in (rank_pattern or {}).items():
-        overrides.setdefault(pattern, {})["rank"] = r
-        if alpha is None:
-            overrides[pattern]["alpha"] = 2.0 * r
-    for pattern, a in (alpha_pattern or {}).items():
-        overrides.setdefault(pattern, {})["alpha"] = float(a)
-    return Recipe(
-        LowRank,
-        options,
-        composition,
-        composition_options,
-        alpha=2.0 * rank if alpha is None else float(alpha),
-        rank_power=rank_power,
-        dropout=dropout,
-        overrides=overrides,
-        name=name,
-        learning_rate=learning_rate,
-    )
+    return replace(plain, composition=Magnitude, composition_options=options, name="dora")
 
 
 RECIPES: dict[str, Callable[..., Recipe]] = {f.__name__: f for f in (dora, lora, rslora)}
