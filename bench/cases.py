@@ -85,7 +85,7 @@ LIMIT_SAVED_MIB = {"fp32": 120, "bf16": 71}
 """What the frozen model itself keeps at the default size: a check on the instrument, not a goal."""
 
 STARTUP_GOALS = {
-    "import_seconds": ("`import slimtune` on top of `import torch`", 0.3),
+    "import_seconds": ("`import slimtune` with its core, on top of `import torch`", 0.3),
     "help_seconds": ("`slimtune --help`", 0.5),
     "config_error_seconds": ("`slimtune train` with an unknown key, exit code 2", 2.0),
     "adapt_meta_seconds": ("`adapt` on a meta model of one billion parameters", 2.0),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import weakref
 from dataclasses import asdict
 from typing import Any
 
@@ -18,23 +19,30 @@ from bench.model import Column, Size, build
 __all__ = ["peak_bytes", "peak_in_fresh_process", "saved_bytes"]
 
 
+class _Kept:
+    """What a saved tensor becomes in the graph; it dies with the node that saved it."""
+
+    def __init__(self, t: torch.Tensor) -> None:
+        self.tensor = t
+
+
 def saved_bytes(column: Column) -> int:
-    """Bytes of the storages that autograd keeps between forward and backward, each once, weights apart.
+    """Bytes of the storages that autograd holds once forward is done, each once, weights apart.
 
     What a Function puts on its `ctx` by hand escapes this count; the peak does not.
     """
     weights = {t.untyped_storage().data_ptr() for t in [*column.model.parameters(), *column.model.buffers()]}
-    kept: dict[int, torch.UntypedStorage] = {}
+    saved: list[weakref.ref[_Kept]] = []
 
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage
-        return t
+    def pack(t: torch.Tensor) -> _Kept:
+        kept = _Kept(t)
+        saved.append(weakref.ref(kept))
+        return kept
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
         loss = column.forward()
-    total = sum(storage.nbytes() for storage in kept.values())
+    alive = [kept.tensor.untyped_storage() for ref in saved if (kept := ref()) is not None]
+    total = sum({s.data_ptr(): s.nbytes() for s in alive if s.data_ptr() not in weights}.values())
     loss.backward()
     column.clear()
     return total
