@@ -6,7 +6,7 @@ from torch import nn
 
 import slimtune as st
 from cases import Chain, tiny_llama
-from slimtune.verbs import select
+from slimtune.targets import select
 
 
 def test_all_linear_leaves_the_head_out():

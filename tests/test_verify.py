@@ -16,7 +16,7 @@ from slimtune.app.methods import methods
 from slimtune.app.methods import text as methods_text
 from slimtune.app.verify import verify
 from slimtune.errors import ConfigError, FileFormatError, VerificationError
-from slimtune.verbs import hosts
+from slimtune.targets import hosts
 
 pytest.importorskip("transformers")
 
@@ -53,16 +53,16 @@ def failures(report):
 
 def rewrite(adapter: Path, change) -> None:
     """Edit an adapter's tensors behind its back, with a manifest that fits them again."""
-    from slimtune import io
+    from slimtune import files
 
-    file = adapter / io.TENSORS
+    file = adapter / files.TENSORS
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
-    manifest = json.loads((adapter / io.MANIFEST).read_text())
+    manifest = json.loads((adapter / files.MANIFEST).read_text())
     data = file.read_bytes()
-    manifest["files"][io.TENSORS] = {"sha256": io._sha256(data), "bytes": len(data)}
-    (adapter / io.MANIFEST).write_text(json.dumps(manifest))
+    manifest["files"][files.TENSORS] = {"sha256": files.sha256(data), "bytes": len(data)}
+    (adapter / files.MANIFEST).write_text(json.dumps(manifest))
 
 
 # ---------------------------------------------------------------- verify

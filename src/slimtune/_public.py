@@ -17,24 +17,20 @@ from .errors import (
 )
 from .groups import param_groups
 from .io import load, save
+from .merging import LayerError, MergeReport, merge, merged
 from .peft_format import export_peft, import_peft
 from .recipe import Recipe
 from .recipes import dora, lora, rslora
 from .structures import Factored, LowRank, Structure
+from .targets import adapter_names, trainable_parameters
 from .verbs import (
-    LayerError,
-    MergeReport,
     Summary,
     activate,
     adapt,
-    adapter_names,
     disabled,
     initialize,
-    merge,
-    merged,
     remove,
     summary,
-    trainable_parameters,
 )
 
 __all__ = [

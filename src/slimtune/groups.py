@@ -8,7 +8,7 @@ from torch import nn
 
 from .errors import ConfigError
 from .layers import Adapter
-from .verbs import extended
+from .targets import extended
 
 __all__ = ["param_groups"]
 

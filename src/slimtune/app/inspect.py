@@ -181,7 +181,7 @@ def changes(model: nn.Module, ranks: bool = True) -> dict[str, tuple[float, floa
     """(|dW|, |dW| / |W|, stable rank of dW) of every adapted layer; without `ranks` the last is 0, which is faster."""
     import torch
 
-    from slimtune.verbs import hosts
+    from slimtune.targets import hosts
 
     found = {}
     with torch.no_grad():

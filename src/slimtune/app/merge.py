@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from slimtune.verbs import MergeReport
+    from slimtune.merging import MergeReport
 
 RECORD = "slimtune_merge.json"
 DTYPES = ("float32", "bfloat16", "float16", "float64")

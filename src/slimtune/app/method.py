@@ -17,7 +17,7 @@ from slimtune.app.rules import suggest
 from slimtune.app.weights import inside
 from slimtune.errors import ConfigError
 from slimtune.recipe import matches
-from slimtune.verbs import saved_modules
+from slimtune.targets import saved_modules
 
 RATES = {"full": 5e-5, "head": 1e-3}  # for AdamW, where no recipe says better
 MAX_RANK = 1 << 16

@@ -1,0 +1,174 @@
+"""Layer 3: effective weights, for a while or for good, and what storing them lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import AdapterNameError, SlimtuneError, TargetError, UninitializedError
+from .layers import Host, SavedModule, restore
+from .targets import adapter_names, extended, hosts, saved_modules
+
+__all__ = ["LayerError", "MergeReport", "merge", "merged"]
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """What storing one merged weight lost."""
+
+    name: str
+    delta_norm: float
+    """|W' - W|, Frobenius, in the arithmetic of the merge."""
+    error_norm: float
+    """|stored - W'|, Frobenius."""
+
+    @property
+    def share(self) -> float:
+        """error_norm / delta_norm: the part of the change that the cast lost; 0 when nothing changed."""
+        return self.error_norm / self.delta_norm if self.delta_norm else 0.0
+
+
+@dataclass
+class MergeReport:
+    """The measured error of a merge: per layer, and the same share over all layers together."""
+
+    layers: list[LayerError] = field(default_factory=list)
+    untied: list[str] = field(default_factory=list)
+    """Weights that were shared with another module and are now the layer's own."""
+
+    @property
+    def share(self) -> float:
+        delta = sum(e.delta_norm**2 for e in self.layers) ** 0.5
+        error = sum(e.error_norm**2 for e in self.layers) ** 0.5
+        return error / delta if delta else 0.0
+
+    def __str__(self) -> str:
+        worst = max(self.layers, key=lambda e: e.share, default=None)
+        if worst is None:
+            return "nothing merged"
+        text = f"{len(self.layers)} layers merged; the cast lost {self.share:.2%} of the change"
+        text += f" (worst: {worst.name}, {worst.share:.2%})"
+        return text + (f"; untied: {', '.join(self.untied)}" if self.untied else "")
+
+
+def _check_mergeable(name: str, host: Host) -> None:
+    stored = host.weight
+    if not stored.is_floating_point() or type(stored.data) is not Tensor:
+        raise TargetError(f"{name!r} cannot be merged: its weight is packed ({type(stored.data).__name__})")
+    if stored.is_meta or any(t.is_meta for t in host.adapters.parameters()):
+        raise UninitializedError(f"{name!r} cannot be merged: it is on the meta device")
+
+
+def _merged_weight(name: str, host: Host) -> tuple[Tensor, LayerError]:
+    """The effective weight in the layer's own layout and dtype, and what the cast lost."""
+    stored = host.weight
+    wide = torch.float32 if stored.dtype.itemsize < 4 else torch.float64
+    exact = host.map().weight(wide)
+    new = exact.to(stored.dtype)
+    delta = exact - host.layout(host).weight(wide)
+    error = LayerError(name, float(delta.norm()), float((new.to(wide) - exact).norm()))
+    return host.layout.store(new, stored).clone(), error
+
+
+def _active_hosts(model: nn.Module) -> dict[str, Host]:
+    return {n: h for n, h in hosts(model).items() if h.active_adapters}
+
+
+@contextmanager
+@torch.no_grad()
+def merged(model: nn.Module) -> Iterator[MergeReport]:
+    """Within: plain layers that hold the effective weights. Afterwards the saved tensors are put back, bit for bit.
+
+    Computed in a wider type than the layer's and cast once; yields the report of what the casts lost. Weights tied
+    to another module are replaced in the adapted layer only.
+    """
+    report, before = MergeReport(), []
+    changed = _active_hosts(model)
+    try:
+        for name, host in changed.items():
+            _check_mergeable(name, host)
+            new, error = _merged_weight(name, host)
+            report.layers.append(error)
+            before.append((host, host.weight, host.active_adapters))
+            host.weight = nn.Parameter(new, requires_grad=False)
+            host.active_adapters = ()
+        with torch.enable_grad():
+            yield report
+    finally:
+        for host, weight, active in before:
+            host.weight, host.active_adapters = weight, active
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> MergeReport:
+    """Write the effective weights into the model and remove its adapters, for good.
+
+    W' is computed in a wider type than the layer's (fp32 for bf16 and fp16, fp64 for fp32) and cast once. A weight
+    shared with a module that the adapter does not change becomes the layer's own; `report.untied` names it, and a
+    transformers config is set to `tie_word_embeddings = False`.
+
+    Returns:
+        The measured error per layer.
+
+    Raises:
+        AdapterNameError: no adapter, or some that are attached but not active (remove or activate them first).
+        TargetError: a packed weight.
+        UninitializedError: a layer on the meta device.
+        SlimtuneError: a merged weight that is not finite. The model is unchanged in each case.
+    """
+    idle = [n for n in adapter_names(model) if not any(n in m.active_adapters for _, m in extended(model))]
+    if idle or not adapter_names(model):
+        raise AdapterNameError(
+            f"merge: adapter {idle[0]!r} is attached but not active; activate or remove it first"
+            if idle
+            else "merge: the model has no adapter"
+        )
+    report, changed = MergeReport(), _active_hosts(model)
+    for name, host in changed.items():
+        _check_mergeable(name, host)
+        for key, tensor in host.adapters.state_dict().items():
+            if not tensor.isfinite().all():
+                raise SlimtuneError(f"merge: {name}.adapters.{key} is not finite; nothing was merged")
+    narrow = {n for n, h in changed.items() if h.weight.dtype == torch.float16}
+    for name in narrow:
+        if not _merged_weight(name, changed[name])[0].isfinite().all():
+            raise SlimtuneError(f"merge: {name}.weight overflows float16; nothing was merged")
+    owners: dict[int, list[str]] = {}
+    for owner, module in model.named_modules():
+        for key, p in module._parameters.items():
+            if p is not None:
+                owners.setdefault(id(p), []).append(f"{owner}.{key}" if owner else key)
+    for name, host in changed.items():
+        new, error = _merged_weight(name, host)
+        others = [o for o in owners[id(host.weight)] if o != f"{name}.weight"]
+        report.layers.append(error)
+        if others:
+            report.untied.append(f"{name}.weight (was {', '.join(others)})")
+        host.weight = nn.Parameter(new, requires_grad=False)
+    for module in saved_modules(model).values():
+        if module.active_adapters:
+            _replace(module, module.adapters[module.active_adapters[-1]])
+    for _, module in list(extended(model)):
+        module.adapters.clear()
+        restore(module)
+    config: Any = getattr(model, "config", None)
+    if report.untied and getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False
+    return report
+
+
+def _replace(module: SavedModule, new: nn.Module) -> None:
+    """Hand a copy's parameters and buffers to the module it was made of."""
+    for part, source in new.named_modules():
+        target = module.get_submodule(part)
+        for key, p in source._parameters.items():
+            if p is not None:
+                setattr(target, key, nn.Parameter(p.detach(), requires_grad=False))
+        for key, b in source._buffers.items():
+            if b is not None:
+                setattr(target, key, b)
