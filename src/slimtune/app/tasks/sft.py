@@ -243,4 +243,5 @@ class _Metrics:
     def characters(self, labels: Any) -> int:
         """Length of the text that the trained tokens spell; special tokens count nothing."""
         rows = [row[row != IGNORED].tolist() for row in np.asarray(labels)]
-        return sum(map(len, self.tokenizer.batch_decode(rows, skip_special_tokens=True)))
+        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return sum(map(len, texts))
