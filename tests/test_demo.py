@@ -91,12 +91,9 @@ def small(monkeypatch):
         return replace(task, counts=counts)
 
     monkeypatch.setattr(demo, "write_stdlib_task", write)
-    short = {"max_length": 16, "logging_steps": 1, "eval_steps": 2, "save_steps": 1, "save_total_limit": 2}
-    monkeypatch.setattr(demo, "SHARED", {**demo.SHARED, **short})
-    for name, run in demo.RUNS.items():
-        run = {**run, "max_steps": 2}
-        del run["num_train_epochs"]
-        monkeypatch.setitem(demo.RUNS, name, run)
+    short = {"max_length": 16, "logging_steps": 1, "eval_steps": 2, "save_steps": 1, "max_steps": 2}
+    shared = {key: value for key, value in demo.SHARED.items() if key != "num_train_epochs"}
+    monkeypatch.setattr(demo, "SHARED", shared | short)
     return demo
 
 
@@ -111,7 +108,7 @@ def test_demo_runs_continues_and_starts_anew(small, tmp_path, capsys, monkeypatc
     output = capsys.readouterr()
     assert "base accuracy" in output.out and "adapted accuracy" in output.out
     assert f"slimtune verify '{folder}/lora'" in output.out
-    assert "1 of 2: a trained head on the frozen encoder" in output.err
+    assert "1 of 2: a classifier trained on the frozen encoder" in output.err
     assert result.examples == 16
     metrics = json.loads((folder / "lora" / "metrics.json").read_text())
     assert metrics["test"]["accuracy"] == pytest.approx(result.adapted)
@@ -121,7 +118,7 @@ def test_demo_runs_continues_and_starts_anew(small, tmp_path, capsys, monkeypatc
     assert (gained - lost) / 16 == pytest.approx(result.adapted - result.base)
     assert result.trainable == metrics["trainable_parameters"]
     assert result.bytes == metrics["adapter_bytes"]
-    assert "a trained head on the frozen encoder" in result.report.read_text()
+    assert "a classifier trained on the frozen encoder" in result.report.read_text()
     assert verify(folder / "lora").ok
 
     events = [(folder / name / "events.jsonl").read_bytes() for name in small.RUNS]
