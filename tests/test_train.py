@@ -201,8 +201,9 @@ def test_model_without_adapter_is_frozen_where_it_should_be(tmp_path):
     ("gradient", "named"),
     [(False, r"step 3: the loss is nan; first seen in the output of '4'"), (True, r"step 3: .*gradient of '0\.")],
 )
-def test_first_bad_number_stops_the_run(tmp_path, gradient, named):
-    """Step and place are named, no weight changes, the checkpoint before stays the newest and is good."""
+def test_first_bad_number_stops_the_run(tmp_path, gradient, named, monkeypatch):
+    """Step and place are named, no weight changes, the checkpoint before stays the newest and is good; it is reported."""
+    monkeypatch.setattr("slimtune.app.report.write_report", lambda run: (run / "report.html").write_text("stopped"))
     cfg = image_config(
         tmp_path,
         model_factory="tinyrun:poisoned",
@@ -216,6 +217,7 @@ def test_first_bad_number_stops_the_run(tmp_path, gradient, named):
     assert path.name == "checkpoint-2" and not skipped
     assert "not finite" in events(run, "stop")[0]["reason"]
     assert not (run / "metrics.json").exists() and not (run / "adapter").exists()
+    assert (run / "report.html").exists()
 
 
 def test_best_weights_and_early_stop(tmp_path):

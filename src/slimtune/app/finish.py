@@ -83,6 +83,11 @@ def write_results(
         write_text(run / resume.METRICS, json.dumps(metrics | {"info": task.info}, indent=1, default=str))
     except OSError as error:
         raise SlimtuneError(f"cannot write the results to {run}: {error.strerror}") from error
+    return report(run)
+
+
+def report(run: Path) -> Path | None:
+    """Write the report of a run, finished or not, if its plots can be drawn; returns its path."""
     try:
         from slimtune.app.report import write_report
 

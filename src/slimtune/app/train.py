@@ -57,7 +57,7 @@ def _train(cfg: TrainConfig, stop: StopRequest) -> RunResult:
 
     import torch
 
-    from slimtune.app import setup
+    from slimtune.app import finish, setup
     from slimtune.app.method import apply_method
     from slimtune.app.tasks import build_task
 
@@ -97,6 +97,8 @@ def _train(cfg: TrainConfig, stop: StopRequest) -> RunResult:
         return _fit(cfg, task, method, trainer, beginning, facts)
     except DivergenceError as error:
         events.write("stop", trainer.state.global_step, reason=f"diverged: not finite: {error}")
+        if main:
+            finish.report(run)
         kept = next(iter(checkpoint.checkpoints(run)), None)
         raise DivergenceError(f"{error}; the last good state is {kept or 'the untouched model'}") from None
     except torch.OutOfMemoryError as error:
@@ -133,7 +135,7 @@ def _fit(
     if stop.signal:
         step = trainer.state.global_step
         trainer.events.write("stop", step, reason=f"interrupted by {stop.signal}", path=f"checkpoint-{step}")
-        return RunResult(run, interrupted=True)
+        return RunResult(run, interrupted=True, report=finish.report(run) if trainer.args.should_save else None)
 
     metrics = finish.measure(cfg, trainer, task) | facts
     report = finish.write_results(run, cfg, task, method, trainer, metrics) if trainer.args.should_save else None
