@@ -202,7 +202,7 @@ def test_model_without_adapter_is_frozen_where_it_should_be(tmp_path):
     [(False, r"step 3: the loss is nan; first seen in the output of '4'"), (True, r"step 3: .*gradient of '0\.")],
 )
 def test_first_bad_number_stops_the_run(tmp_path, gradient, named, monkeypatch):
-    """Step and place are named, no weight changes, the checkpoint before stays the newest and is good; it is reported."""
+    """Step and place are named, no weight changes, the checkpoint before stays, good; a report is written."""
     monkeypatch.setattr("slimtune.app.report.write_report", lambda run: (run / "report.html").write_text("stopped"))
     cfg = image_config(
         tmp_path,
