@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.cases import CASES, LIMIT_SAVED_MIB, STARTUP_GOALS
+from bench.cases import CASES, GOALS_SET_AT, STARTUP_GOALS
 from bench.model import SIZES
 
 __all__ = ["page"]
@@ -42,7 +42,7 @@ def page(results: Path) -> str:
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["device"], row["dtype"], json.dumps(row["model"])), []).append(row)
-    for key in sorted(groups, key=lambda k: (k[0], list(LIMIT_SAVED_MIB).index(k[1]))):
+    for key in sorted(groups, key=lambda k: (k[0], list(GOALS_SET_AT).index(k[1]))):
         parts += _section(groups[key])
     if startup:
         parts += ["## Start-up\n", _startup_table(startup["startup"])]
@@ -168,12 +168,13 @@ def _section(rows: Sequence[Row]) -> Iterator[str]:
     """All tables of the rows that share device, dtype and model."""
     device, dtype, m = (rows[0][key] for key in ("device", "dtype", "model"))
     yield f"## {device.upper()}, {dtype}\n"
+    has_goals = any(goal(r, measure) is not None for r in rows for measure in ACHIEVED)
     seconds = [s for r in rows if (s := _get(r, "step.limit.seconds.median")) is not None]
     yield (
         f"A random Llama, hidden {m['hidden']}, {m['layers']} layers, {m['heads']} heads, MLP {m['mlp']}, "
         f"vocabulary {m['vocab']}, batch {m['batch']} x {m['tokens']} tokens; all linears but the head."
         + (f" The limit takes {min(seconds):.3g} to {max(seconds):.3g} s a step." if seconds else "")
-        + "\n"
+        + (f" Where the goals were set the limit took {GOALS_SET_AT[dtype][1]}.\n" if has_goals else "\n")
     )
     yield _table(STEP, [r for r in rows if "step" in r])
     notes = [f"- {r['method']}: {CASES[r['method']].note}\n" for r in rows if CASES[r["method"]].note]
@@ -181,12 +182,10 @@ def _section(rows: Sequence[Row]) -> Iterator[str]:
         yield "".join(notes)
     yield "### Memory, MiB\n"
     yield _table(MEMORY, [r for r in rows if "memory" in r])
-    expected = LIMIT_SAVED_MIB[dtype] if goal(rows[0], "step") is not None else None
     yield (
         "Kept: unique storages held for the backward pass, weights apart. Peak: most allocated at once in a "
         "step, over the model, in a fresh process."
-        + (f" The limit kept {expected} when the goals were set." if expected else "")
-        + "\n"
+        + (f" Where the goals were set the limit kept {GOALS_SET_AT[dtype][0]}.\n" if has_goals else "\n")
     )
     yield "### Beside the step\n"
     yield _table(BESIDE, [r for r in rows if "lifecycle" in r or "call" in r])
