@@ -29,7 +29,9 @@ def test_no_grad_path_equals_grad_path(method, layer):
 
 
 @methods
-@pytest.mark.parametrize("layer", [x for x in LAYERS if x.id in ("linear", "linear-flat", "conv2d-strided")], ids=str)
+@pytest.mark.parametrize(
+    "layer", [x for x in LAYERS if x.id in ("linear", "linear-flat", "conv2d-strided")], ids=lambda m: m.id
+)
 def test_gradcheck(method, layer):
     if method.id == "dora":
         pytest.skip("a detached norm is not the gradient of the forward; held against the definition above")

@@ -175,7 +175,7 @@ def test_wrong_tensors_are_named(tmp_path, edit, match):
         (lambda c: c.update(r="8"), "rank of .* whole number"),
         (lambda c: c.update(r=-1), "rank of .* must be at least 1, got -1"),
         (lambda c: c.update(lora_alpha="x"), "alpha of .* must be a number"),
-        (lambda c: c.update(lora_dropout=7), "dropout must be in"),
+        (lambda c: c.update(lora_dropout=7), "dropout must be a number in"),
         (lambda c: c.update(lora_bias=True), "lora_bias = True changes the adapter"),
         (lambda c: c.update(bias="all"), "bias = 'all'"),
         (lambda c: c.update(target_parameters=["x"]), "target_parameters"),

@@ -162,7 +162,7 @@ def test_failed_adapt_changes_nothing():
 
 
 def test_recipes_refuse_bad_options():
-    with pytest.raises(st.StructureError, match="dropout must be in"):
+    with pytest.raises(st.StructureError, match="dropout must be a number in"):
         st.lora(dropout=1.0)
     with pytest.raises(st.StructureError, match="no option 'ranks'; it has rank, rank_dropout"):
         st.Recipe(st.LowRank, {"ranks": 3})

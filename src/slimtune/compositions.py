@@ -90,7 +90,8 @@ class Composition(nn.Module, ABC):
 
     def matmul(self, V: Tensor, base: LinearMap, delta: Structure, scale: Tensor) -> Tensor:
         """W' V for V (I, R), for a composition stacked on top of this one. Override to avoid building W'."""
-        return self.effective(base, delta, scale) @ V.to(base.weight().dtype)
+        W = self.effective(base, delta, scale)
+        return W @ V.to(W.dtype)
 
     def row_square(self, base: LinearMap, delta: Structure, scale: Tensor) -> Tensor:
         """|W'|_row^2, (O,), likewise."""
@@ -135,7 +136,13 @@ class Additive(Composition):
 
     def matmul(self, V: Tensor, base: LinearMap, delta: Structure, scale: Tensor) -> Tensor:
         y = base.matmul(V)
-        return y + scale.to(y.dtype) * delta(V.t()).t().to(y.dtype)
+        if isinstance(delta, Factored):  # not delta(V): its rank dropout is for data
+            B, A = delta.factors()
+            change = B @ (A @ V.to(A.dtype))
+        else:
+            dW = delta.dense()
+            change = dW @ V.to(dW.dtype)
+        return y + scale.to(y.dtype) * change.to(y.dtype)
 
     def row_square(self, base: LinearMap, delta: Structure, scale: Tensor) -> Tensor:
         if not isinstance(delta, Factored):
@@ -156,8 +163,9 @@ class Magnitude(Composition):
     base keeps the whole input and only the change sees the dropped one; the norm is that of the undropped V.
 
     Without gradients, m / |V|_row is computed once and kept until a parameter changes or `train()` or `eval()` is
-    called, so that decoding token by token does not pay for the norm. The output of a bias-free Linear is kept for the
-    backward pass: do not overwrite it in place.
+    called, so that decoding token by token does not pay for the norm; an edit through `.data` is seen from the next
+    `train()` or `eval()` on. The output of a bias-free Linear is kept for the backward pass: do not overwrite it in
+    place. In bf16 a bias much larger than the product costs the gradient of m its precision.
 
     Args:
         detach: hold |V|_row constant in the gradient, as section 4.3 of the paper does. False gives the exact
@@ -207,7 +215,7 @@ class Magnitude(Composition):
 
     def _row_scale(self, base: LinearMap, B: Tensor, A: Tensor, scale: Tensor) -> Tensor:
         """m / |W + s B A|_row, (O,)."""
-        m: Tensor = self._parameters["magnitude"]  # type: ignore[assignment]
+        m: Tensor = self._parameters["magnitude"] if self._parameters else self.magnitude  # type: ignore[assignment]
         key = None
         if not torch.compiler.is_compiling():
             if torch.is_grad_enabled():

@@ -135,6 +135,8 @@ def _committed(folder: Path) -> dict[str, Path] | None:
         record = parse_json(_new(folder, MANIFEST).read_bytes(), MANIFEST)["files"]
         where = {MANIFEST: _new(folder, MANIFEST)}
         for name, entry in record.items():
+            if os.path.basename(name) != name:
+                return None
             for path in (_new(folder, name), folder / name):
                 if path.is_file() and sha256(path.read_bytes()) == entry["sha256"]:
                     where[name] = path
@@ -185,6 +187,11 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any] | None:
         isinstance(e, dict) and isinstance(e.get("sha256"), str) and os.path.basename(n) == n for n, e in files.items()
     ):
         raise FileFormatError(f"{folder / MANIFEST}: 'files' is not a table of plain file names and hashes")
+    for name in (CONFIG, TENSORS):
+        if name not in files:
+            raise FileFormatError(f"{folder / MANIFEST}: 'files' does not list {name}")
+    if not isinstance(manifest.get("base", {}), dict):
+        raise FileFormatError(f"{folder / MANIFEST}: 'base' is not a table")
     return manifest
 
 
@@ -204,7 +211,9 @@ def check_files(path: str | os.PathLike[str]) -> dict[str, bytes]:
     contents: dict[str, bytes] = {}
     for name in (CONFIG, TENSORS):
         if name not in where:
-            raise FileFormatError(f"{folder / name}: no such file")
+            inside = sorted(p.parent.name for p in folder.glob(f"*/{TENSORS}"))
+            hint = f"; subfolders that hold an adapter: {', '.join(inside[:5])}" if inside else ""
+            raise FileFormatError(f"{folder / name}: no such file{hint}")
     for name, entry in (manifest["files"] if manifest else {}).items():
         if name not in where:
             raise FileFormatError(f"{folder / name}: missing, though {MANIFEST} lists it")

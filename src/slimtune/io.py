@@ -34,9 +34,9 @@ from .files import (
     read_tensors,
     write_files,
 )
-from .layers import Adapter
+from .layers import Adapter, Extended, own_class
 from .recipe import Recipe
-from .targets import adapter_names, check_name, hosts, require_adapter, saved_modules
+from .targets import check_free, hosts, own_modules, require_adapter, saved_modules, unwrapped
 from .verbs import attach_adapters, build_adapter
 
 __all__ = [
@@ -104,7 +104,7 @@ class Description:
             layers = {}
             for name, entry in data["layers"].items():
                 scale = entry["scale"]
-                if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+                if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) < 1e30:
                     raise FileFormatError(f"{where}: {name}: scale must be a number, got {scale!r}")
                 own = recipe.to_dict() | {
                     "alpha": entry["alpha"],
@@ -127,7 +127,7 @@ def describe(model: nn.Module, name: str = "default") -> Description:
     require_adapter(model, name)
     layers, recipes = {}, []
     for layer, host in hosts(model, name).items():
-        adapter: Adapter = host.adapter(name)
+        adapter: Adapter = host.addition(name)
         if adapter.scale.is_meta:
             raise UninitializedError(
                 f"{layer}: adapter {name!r} is still on the meta device; load weights, then initialize"
@@ -149,7 +149,8 @@ def fingerprint(model: nn.Module, layers: list[str]) -> str | None:
     digest = hashlib.sha256()
     for name in sorted(layers):
         weight = getattr(model.get_submodule(name), "weight", None)
-        if weight is None or weight.is_meta or weight.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        readable = (torch.float32, torch.bfloat16, torch.float64)
+        if weight is None or weight.is_meta or type(weight.data) is not Tensor or weight.dtype not in readable:
             return None
         flat = weight.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16).float().cpu()
@@ -173,7 +174,11 @@ def own_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     for layer, module in saved_modules(model, name).items():
         for key, t in module.adapters[name].state_dict().items():
             tensors[f"{layer}.saved.{key}"] = t
-    return {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
+    # a sharded tensor (FSDP2) is gathered, on every process
+    whole: dict[str, Any] = tensors
+    tensors = {k: t.full_tensor() if hasattr(t, "full_tensor") else t for k, t in whole.items()}
+    # clones, because safetensors refuses tensors that share memory (a bias under two names)
+    return {k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
 
 
 def install(
@@ -186,15 +191,16 @@ def install(
             model is unchanged.
         AdapterNameError: the name is taken.
     """
-    check_name(name)
-    if name in adapter_names(model):
-        raise AdapterNameError(f"adapter name {name!r} is taken; attached: {', '.join(adapter_names(model))}")
+    check_free(model, name)
     built: dict[str, Adapter] = {}
     expected: dict[str, tuple[int, ...]] = {}
-    modules = dict(model.named_modules())
+    modules = own_modules(model)
     for layer, entry in description.layers.items():
         if layer not in modules:
             raise FileFormatError(f"{path}: the model has no layer {layer!r}")
+        weight = getattr(modules[layer], "weight", None)
+        if weight is not None and weight.is_meta:
+            raise UninitializedError(f"{layer}: the model is on the meta device; load its weights before the adapter")
         try:
             built[layer] = build_adapter(modules[layer], layer, entry.recipe, device="meta")
         except (TargetError, StructureError) as e:
@@ -204,13 +210,16 @@ def install(
     for layer in description.saved:
         if layer not in modules:
             raise FileFormatError(f"{path}: the model has no module {layer!r} (modules_to_save)")
-        state = modules[layer].base_state() if hasattr(modules[layer], "base_state") else modules[layer].state_dict()
+        if clash := [n for n in built if n == layer or n.startswith(f"{layer}.")]:
+            raise FileFormatError(f"{path}: {clash[0]!r} is both adapted and inside modules_to_save {layer!r}")
+        module = modules[layer]
+        state = module.base_state() if isinstance(module, Extended) else module.state_dict()
         for key, t in state.items():
             expected[f"{layer}.saved.{key}"] = tuple(t.shape)
     _check_keys(expected, tensors, path)
     for layer, adapter in built.items():
-        weight = modules[layer].weight
-        adapter.to_empty(device=weight.device)
+        host: Any = modules[layer]
+        adapter.to_empty(device=host.weight.device)
         adapter.scale.fill_(description.layers[layer].scale)
         with torch.no_grad():
             for key, p in adapter.named_parameters():
@@ -262,7 +271,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
     """Write an adapter to a folder: all of it or, should anything interrupt, nothing.
 
     Methods that PEFT has are written in PEFT's format, which PEFT 0.17 or later reads; a manifest with hashes lies
-    beside. Other files in the folder are left alone. Never touches the network.
+    beside. Other files in the folder are left alone. Never touches the network. Of several processes that share the
+    folder, one should call it.
 
     Args:
         path: the folder, made if need be. An adapter in it is replaced.
@@ -276,6 +286,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
     """
     from . import peft_format
 
+    model = unwrapped(model)
     description = describe(model, name)
     tensors = own_tensors(model, name)
     for key, t in tensors.items():
@@ -293,7 +304,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
         "adapter": description.to_dict(),
         "base": {
             "name_or_path": base,
-            "class": getattr(type(model), "base_class", type(model)).__name__,
+            "class": own_class(model).__name__,
             "fingerprint": fingerprint(model, list(description.layers)),
         },
     }
@@ -348,6 +359,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
     Warns:
         UserWarning: the base's weights are not those the adapter was saved on.
     """
+    model = unwrapped(model)
     description, tensors, manifest = read_description(path, model)
     layers = install(model, description, tensors, name, Path(path))
     recorded = (manifest or {}).get("base", {}).get("fingerprint") if manifest else None

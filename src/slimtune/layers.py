@@ -9,6 +9,8 @@ Shapes: O out, I in (a convolution's I is its input channels per group times its
 from __future__ import annotations
 
 import functools
+import math
+import types
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .compositions import LinearMap, version
-from .errors import TargetError
+from .errors import TargetError, UninitializedError
 from .ops import replayed_dropout
 from .recipe import Recipe
 from .structures import Factored, Structure
@@ -30,6 +32,7 @@ __all__ = [
     "check_host",
     "extend",
     "layout_of",
+    "own_class",
     "restore",
 ]
 
@@ -77,10 +80,13 @@ class Adapted(LinearMap):
         self.adapter, self.below, self.training = adapter, below, training
 
     def __call__(self, x: Any) -> Tensor:
+        scale: Tensor = self.adapter._buffers["scale"]  # type: ignore[assignment]
+        if scale.is_meta and not x.is_meta:
+            raise UninitializedError("an adapter is still on the meta device; load weights, then call initialize")
         modules = self.adapter._modules
         dropout = self.adapter.dropout if self.training else 0.0
         return modules["composition"].forward(  # type: ignore[union-attr]
-            x, self.below, modules["structure"], self.adapter._buffers["scale"], dropout
+            x, self.below, modules["structure"], scale, dropout
         )
 
     def _parts(self) -> tuple[LinearMap, Structure, Tensor]:
@@ -116,11 +122,17 @@ class Adapted(LinearMap):
         return self.below.rows(v)
 
 
+def is_packed(W: Tensor) -> bool:
+    """Whether a weight's numbers are codes (integers, fp8) that only its own layer can read."""
+    return not W.is_floating_point() or W.dtype.itemsize < 2
+
+
 class LinearLayout(LinearMap):
     """torch.nn.Linear and its subclasses, packed weights included."""
 
     __slots__ = ("layer",)
     takes_dropout = True
+    is_matrix = True
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
@@ -130,7 +142,8 @@ class LinearLayout(LinearMap):
 
     @property
     def bias(self) -> Tensor | None:
-        return self.layer._parameters.get("bias")
+        own = self.layer._parameters
+        return own["bias"] if "bias" in own else getattr(self.layer, "bias", None)
 
     def plain(self) -> Tensor | None:
         layer = self.layer
@@ -144,7 +157,7 @@ class LinearLayout(LinearMap):
 
     def weight(self, dtype: torch.dtype | None = None) -> Tensor:
         W = self.layer.weight
-        if W.is_floating_point():
+        if not is_packed(W):
             W = self._oriented(W)
         else:
             W = self.matmul(torch.eye(self.layer.in_features, device=W.device))
@@ -152,7 +165,7 @@ class LinearLayout(LinearMap):
 
     def matmul(self, V: Tensor) -> Tensor:
         W = self.layer.weight
-        if W.is_floating_point():
+        if not is_packed(W):
             return self._oriented(W) @ V.to(W.dtype)
         y = self(V.t().contiguous())  # packed: ask the layer itself
         return (y if self.bias is None else y - self.bias).t()
@@ -173,6 +186,19 @@ class LinearLayout(LinearMap):
 
     def rows(self, v: Tensor) -> Tensor:
         return v
+
+    @torch.no_grad()
+    def is_affine(self) -> bool:
+        """Whether the layer's own forward is W x + b, tried on one small input unless the class is torch's own."""
+        if self.layer.base_class.__module__.startswith("torch.nn."):
+            return True
+        x, W = self._sample(), self.weight()
+        a, b = self(x), self.with_weight(x, W, self.bias)
+        return a.shape == b.shape and bool((a - b).norm() <= 0.02 * b.norm())
+
+    def _sample(self) -> Tensor:
+        W = self.layer.weight
+        return torch.linspace(-1, 2, 3 * self.sizes(self.layer)[1], dtype=W.dtype, device=W.device).view(3, -1)
 
     @staticmethod
     def sizes(layer: Any) -> tuple[int, int]:
@@ -210,6 +236,7 @@ class ConvLayout(LinearLayout):
     """
 
     __slots__ = ()
+    is_matrix = False
 
     def plain(self) -> Tensor | None:
         return None
@@ -243,6 +270,11 @@ class ConvLayout(LinearLayout):
         W = W.to(x.dtype).view(self.layer.weight.shape)
         return self._convolve(x, W, None if bias is None else bias.to(x.dtype))
 
+    def _sample(self) -> Tensor:
+        c, W = self.layer, self.layer.weight
+        shape = (1, c.in_channels, *(d * (k - 1) + 3 for d, k in zip(c.dilation, c.kernel_size, strict=True)))
+        return torch.linspace(-1, 2, math.prod(shape), dtype=W.dtype, device=W.device).view(shape)
+
     def rows(self, v: Tensor) -> Tensor:
         return v.view(-1, *(1,) * (self.layer.weight.dim() - 2))
 
@@ -263,6 +295,7 @@ class EmbeddingLayout(LinearLayout):
 
     __slots__ = ()
     takes_dropout = False
+    is_matrix = False
 
     def plain(self) -> Tensor | None:
         return None
@@ -288,6 +321,9 @@ class EmbeddingLayout(LinearLayout):
     def with_weight(self, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
         return self._look_up(x, W.t().to(self.layer.weight.dtype))
 
+    def _sample(self) -> Tensor:
+        return torch.arange(min(3, self.layer.num_embeddings), device=self.layer.weight.device)
+
     @staticmethod
     def sizes(layer: Any) -> tuple[int, int]:
         return layer.embedding_dim, layer.num_embeddings
@@ -304,7 +340,7 @@ class Extended(nn.Module):
     adapters: nn.ModuleDict
     active_adapters: tuple[str, ...]
 
-    def adapter(self, name: str) -> Any:
+    def addition(self, name: str) -> Any:
         """The addition called `name`: an Adapter, or a module's trainable copy."""
         return self.adapters[name]
 
@@ -324,8 +360,8 @@ class Host(Extended):
     is_plain: bool
     weight: Tensor
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.map()(x)
+    def forward(self, input: Tensor) -> Tensor:  # torch's own name: callers may pass it by keyword
+        return self.map()(input)
 
     def map(self, below: str | None = None) -> LinearMap:
         """The linear map of the active adapters; with `below`, of those under that adapter."""
@@ -344,11 +380,19 @@ class SavedModule(Extended):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.active_adapters:
             return self.adapters[self.active_adapters[-1]](*args, **kwargs)
-        return self.base_class.forward(self, *args, **kwargs)
+        bare = object.__new__(self.base_class)  # a container would iterate over `adapters` too
+        own = {k: m for k, m in self._modules.items() if k != "adapters"}
+        bare.__dict__.update(self.__dict__, _modules=own)
+        return self.base_class.forward(bare, *args, **kwargs)
 
 
 def _is_hf_conv1d(cls: type) -> bool:
     return any(c.__module__ == "transformers.pytorch_utils" and c.__name__ == "Conv1D" for c in cls.__mro__)
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """A module's class without what `extend` made of it."""
+    return module.base_class if isinstance(module, Extended) else type(module)
 
 
 def layout_of(cls: type[nn.Module]) -> type[LinearLayout] | None:
@@ -368,7 +412,7 @@ def layout_of(cls: type[nn.Module]) -> type[LinearLayout] | None:
 
 def check_host(module: nn.Module, name: str) -> None:
     """Raise TargetError, naming the layer and why, if an adapter would not fit it or would be bypassed."""
-    cls = module.base_class if isinstance(module, Extended) else type(module)
+    cls = own_class(module)
     where = f"{name!r} ({cls.__name__}) cannot be adapted"
     if isinstance(module, SavedModule):
         raise TargetError(f"{where}: it is trained in full as one of modules_to_save")
@@ -377,13 +421,30 @@ def check_host(module: nn.Module, name: str) -> None:
     layout = layout_of(cls)
     if layout is None:
         raise TargetError(f"{where}: adapters fit Linear, transformers' Conv1D, Conv1d, Conv2d, Conv3d, Embedding")
+    weight: Any = module.weight
+    if weight.is_complex():
+        raise TargetError(f"{where}: its weight is complex, adapters are real")
     if layout is EmbeddingLayout:
         if module.max_norm is not None:
             raise TargetError(f"{where}: max_norm rewrites its weight in every forward")
         if cls.forward is not nn.Embedding.forward and not hasattr(module, "embed_scale"):
             raise TargetError(f"{where}: its forward is not a plain look-up")
-    if not isinstance(module, Extended) and hasattr(module, "adapters"):
+    check_extendable(module, name)
+
+
+def check_extendable(module: nn.Module, name: str) -> None:
+    """Raise TargetError if calls of a module would not reach its extended class's forward."""
+    if isinstance(module, Extended):
+        return
+    where = f"{name!r} ({type(module).__name__}) cannot be extended"
+    if hasattr(module, "adapters"):
         raise TargetError(f"{where}: it already has an attribute named 'adapters'")
+    if type(module).forward is nn.Module.forward:
+        raise TargetError(f"{where}: it is a container without a forward of its own; name what it holds")
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise TargetError(f"{where}: nn.MultiheadAttention reads its weight without calling it")
+    if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
+        raise TargetError(f"{where}: its forward was replaced on the object itself")
 
 
 @functools.cache
@@ -407,6 +468,7 @@ def extend(module: nn.Module, layout: type[LinearLayout] | None) -> Extended:
         return module
     extended: Any = module
     extended.__class__ = _extended_class(type(module), layout)  # type: ignore[arg-type]
+    _rebind(extended)
     extended.adapters = nn.ModuleDict()
     extended.active_adapters = ()
     return extended
@@ -416,3 +478,10 @@ def restore(module: Extended) -> None:
     """Give a module with no adapters left its own class back."""
     del module._modules["adapters"], module.__dict__["active_adapters"]
     module.__class__ = module.base_class  # type: ignore[assignment]
+    _rebind(module)
+
+
+def _rebind(module: Any) -> None:
+    """accelerate's hooks (device_map, offload) call the forward they found; hand them the class's present one."""
+    if "_old_forward" in module.__dict__:
+        module._old_forward = types.MethodType(type(module).forward, module)

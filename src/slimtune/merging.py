@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import AdapterNameError, SlimtuneError, TargetError, UninitializedError
-from .layers import Host, SavedModule, restore
-from .targets import adapter_names, extended, hosts, saved_modules
+from .layers import Host, SavedModule, is_packed, restore
+from .targets import adapter_names, extended, hosts, own_modules, reactivate, saved_modules, unwrapped
 
 __all__ = ["LayerError", "MergeReport", "merge", "merged"]
 
@@ -58,10 +58,15 @@ class MergeReport:
 
 def _check_mergeable(name: str, host: Host) -> None:
     stored = host.weight
-    if not stored.is_floating_point() or type(stored.data) is not Tensor:
-        raise TargetError(f"{name!r} cannot be merged: its weight is packed ({type(stored.data).__name__})")
+    if is_packed(stored) or type(stored.data) is not Tensor:
+        what = f"{type(stored.data).__name__}, {stored.dtype}"
+        raise TargetError(f"{name!r} cannot be merged: its weight is packed ({what})")
+    if host._parameters.get("weight") is None:
+        raise TargetError(f"{name!r} cannot be merged: its weight is computed from other parameters (parametrized)")
     if stored.is_meta or any(t.is_meta for t in host.adapters.parameters()):
         raise UninitializedError(f"{name!r} cannot be merged: it is on the meta device")
+    if not host.layout(host).is_affine():
+        raise TargetError(f"{name!r} cannot be merged: {host.base_class.__name__}.forward is not W x + b")
 
 
 def _merged_weight(name: str, host: Host) -> tuple[Tensor, LayerError]:
@@ -87,21 +92,27 @@ def merged(model: nn.Module) -> Iterator[MergeReport]:
     Computed in a wider type than the layer's and cast once; yields the report of what the casts lost. Weights tied
     to another module are replaced in the adapted layer only.
     """
-    report, before = MergeReport(), []
-    changed = _active_hosts(model)
+    report = MergeReport()
+    tensors: list[tuple[nn.Module, str, Any]] = []
+    before = [(m, m.active_adapters) for _, m in extended(model)]
     try:
-        for name, host in changed.items():
+        for name, host in _active_hosts(model).items():
             _check_mergeable(name, host)
             new, error = _merged_weight(name, host)
             report.layers.append(error)
-            before.append((host, host.weight, host.active_adapters))
+            tensors.append((host, "weight", host.weight))
             host.weight = nn.Parameter(new, requires_grad=False)
-            host.active_adapters = ()
+        for saved in saved_modules(model).values():
+            if saved.active_adapters:
+                tensors += _replace(saved, saved.adapters[saved.active_adapters[-1]])
+        for module, _ in before:
+            module.active_adapters = ()
         with torch.enable_grad():
             yield report
     finally:
-        for host, weight, active in before:
-            host.weight, host.active_adapters = weight, active
+        for part, key, tensor in reversed(tensors):
+            setattr(part, key, tensor)
+        reactivate(before)
 
 
 @torch.no_grad()
@@ -138,37 +149,62 @@ def merge(model: nn.Module) -> MergeReport:
     for name in narrow:
         if not _merged_weight(name, changed[name])[0].isfinite().all():
             raise SlimtuneError(f"merge: {name}.weight overflows float16; nothing was merged")
-    owners: dict[int, list[str]] = {}
-    for owner, module in model.named_modules():
-        for key, p in module._parameters.items():
-            if p is not None:
-                owners.setdefault(id(p), []).append(f"{owner}.{key}" if owner else key)
+    shared = [g for g in _places(model).values() if len(g) > 1]
     for name, host in changed.items():
         new, error = _merged_weight(name, host)
-        others = [o for o in owners[id(host.weight)] if o != f"{name}.weight"]
         report.layers.append(error)
-        if others:
-            report.untied.append(f"{name}.weight (was {', '.join(others)})")
         host.weight = nn.Parameter(new, requires_grad=False)
-    for module in saved_modules(model).values():
-        if module.active_adapters:
-            _replace(module, module.adapters[module.active_adapters[-1]])
+    for saved in saved_modules(model).values():
+        if saved.active_adapters:
+            _replace(saved, saved.adapters[saved.active_adapters[-1]])
     for _, module in list(extended(model)):
         module.adapters.clear()
         restore(module)
-    config: Any = getattr(model, "config", None)
+    for group in shared:
+        _untie(group, report)
+    config: Any = getattr(unwrapped(model), "config", None)
     if report.untied and getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False
     return report
 
 
-def _replace(module: SavedModule, new: nn.Module) -> None:
-    """Hand a copy's parameters and buffers to the module it was made of."""
+Place = tuple[str, nn.Module, str]
+
+
+def _places(model: nn.Module) -> dict[int, list[Place]]:
+    """Where each of the model's own parameters is used: (full name, module, key) by the parameter's id."""
+    places: dict[int, list[Place]] = {}
+    for owner, module in own_modules(model).items():
+        for key, p in module._parameters.items():
+            if p is not None:
+                places.setdefault(id(p), []).append((f"{owner}.{key}", module, key))
+    return places
+
+
+def _untie(group: list[Place], report: MergeReport) -> None:
+    """Should some of these have changed, give each its own tensor: a file keeps only one name of a shared one."""
+    kept: set[int] = set()
+    if len({id(m._parameters[key]) for _, m, key in group}) == 1:
+        return
+    for name, module, key in group:
+        p = module._parameters[key]
+        if id(p) in kept:
+            setattr(module, key, nn.Parameter(p.detach().clone(), requires_grad=False))  # type: ignore[union-attr]
+        kept.add(id(p))
+        report.untied.append(name)
+
+
+def _replace(module: SavedModule, new: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """Hand a copy's parameters and buffers to the module it was made of; returns (part, key, tensor) of before."""
+    before = []
     for part, source in new.named_modules():
         target = module.get_submodule(part)
         for key, p in source._parameters.items():
             if p is not None:
+                before.append((target, key, getattr(target, key)))
                 setattr(target, key, nn.Parameter(p.detach(), requires_grad=False))
         for key, b in source._buffers.items():
             if b is not None:
+                before.append((target, key, getattr(target, key)))
                 setattr(target, key, b)
+    return before

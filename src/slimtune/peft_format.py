@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import io
 from .compositions import Additive, Magnitude
 from .errors import FileFormatError, StructureError
-from .layers import ConvLayout, EmbeddingLayout, layout_of
+from .layers import Conv1DLayout, ConvLayout, EmbeddingLayout, layout_of, own_class
 from .recipe import Recipe
 from .structures import LowRank
 
@@ -81,7 +81,6 @@ def encode(
         for name in description.saved:
             if key.startswith(f"{name}.saved."):
                 stored[f"{PREFIX}{name}.{key[len(name) + 7 :]}"] = t
-    layouts = [_layout(m).__name__ for m in modules.values()]
     config = {
         "peft_type": "LORA",
         "task_type": None,
@@ -93,7 +92,7 @@ def encode(
         "lora_dropout": description.recipe.dropout,
         "use_rslora": rank_power == 0.5,
         "use_dora": description.recipe.composition is Magnitude,
-        "fan_in_fan_out": all(n == "Conv1DLayout" for n in layouts),
+        "fan_in_fan_out": all(_layout(m) is Conv1DLayout for m in modules.values()),
         "rank_pattern": _pattern(ranks, rank),
         "alpha_pattern": _pattern(alphas, alpha),
         "target_modules": _targets(model, list(modules)),
@@ -115,7 +114,7 @@ def _tidy(value: float) -> float | int:
 
 
 def _layout(module: nn.Module) -> type:
-    return layout_of(getattr(module, "base_class", type(module)))  # type: ignore[return-value]
+    return layout_of(own_class(module))  # type: ignore[return-value]
 
 
 def _columns(module: nn.Module) -> list[tuple[str, str]]:
@@ -167,6 +166,8 @@ def decode_tensors(description: io.Description, tensors: Mapping[str, Tensor], p
         place = _place(key)
         if place is not None and place[0] in names:
             own_key = f"{names[place[0]]}.{place[1]}"
+            if own_key in own:
+                raise FileFormatError(f"{path}: {key} gives {own_key} a second time")
             own[own_key] = _from_peft(t, place[1])
             continue
         home = next((s for s in saved if key.startswith(s + ".")), None)
@@ -300,7 +301,7 @@ def _saved_names(
         name
         for name in dict.fromkeys(known)
         if ".adapters" not in name
-        and any(name == s or name.endswith(f".{s}") for s in suffixes)
+        and any(name.endswith(s) for s in suffixes)  # as PEFT matches them
         and any(k.startswith(f"{name}.") for k in rest)
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -71,8 +72,10 @@ class Recipe:
     learning_rate: float = 1e-3
 
     def __post_init__(self) -> None:
-        if not 0 <= self.dropout < 1:
-            raise StructureError(f"{self.name}: dropout must be in [0, 1), got {self.dropout!r}")
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise StructureError(f"{self.name}: dropout must be a number in [0, 1), got {self.dropout!r}")
+        if not _is_number(self.alpha) or not math.isfinite(self.alpha):
+            raise StructureError(f"{self.name}: alpha must be a finite number, got {self.alpha!r}")
         _check_options(self.structure, self.options, self.name)
         _check_options(self.composition, self.composition_options, self.name)
         for pattern, changes in self.overrides.items():
@@ -132,11 +135,15 @@ class Recipe:
                 raise StructureError(f"recipe: override {pattern!r} must be a table, got {type(changes).__name__}")
         for key in ("alpha", "rank_power", "dropout", "learning_rate"):
             value = data.get(key, 0.0)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if not _is_number(value):
                 raise StructureError(f"recipe: {key} must be a number, got {value!r}")
         if not isinstance(data.get("name", ""), str):
             raise StructureError(f"recipe: name must be a string, got {data['name']!r}")
         return cls(**data)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_options(cls: type, options: Mapping[str, Any], where: str) -> None:

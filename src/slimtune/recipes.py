@@ -34,13 +34,13 @@ def lora(
     """
     overrides: dict[str, dict[str, float]] = {}
     for pattern, r in (rank_pattern or {}).items():
-        overrides[pattern] = {"rank": r} if alpha is not None else {"rank": r, "alpha": 2.0 * r}
+        overrides[pattern] = {"rank": r} if alpha is not None else {"rank": r, "alpha": 2 * r}
     for pattern, a in (alpha_pattern or {}).items():
-        overrides.setdefault(pattern, {})["alpha"] = float(a)
+        overrides.setdefault(pattern, {})["alpha"] = a
     return Recipe(
         LowRank,
         {"rank": rank, "rank_dropout": rank_dropout} if rank_dropout else {"rank": rank},
-        alpha=2.0 * rank if alpha is None else float(alpha),
+        alpha=2 * rank if alpha is None else alpha,
         rank_power=1.0,
         dropout=dropout,
         overrides=overrides,

@@ -7,13 +7,15 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .errors import AdapterNameError, TargetError
-from .layers import Extended, Host, SavedModule, check_host, layout_of
+from .layers import Extended, Host, SavedModule, check_host, layout_of, own_class
 from .recipe import matches
 
 __all__ = [
     "adapter_names",
+    "check_free",
     "check_name",
     "extended",
     "hosts",
@@ -23,14 +25,26 @@ __all__ = [
     "saved_modules",
     "select",
     "trainable_parameters",
+    "unwrapped",
 ]
 
-HEADS = ("lm_head", "classifier", "score", "qa_outputs", "head")
+HEADS = ("lm_head", "classifier", "score", "qa_outputs", "head", "heads", "fc", "classification_head")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile, DataParallel or DistributedDataParallel, whose names files and targets use."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
 
 
 def extended(model: nn.Module) -> Iterator[tuple[str, Extended]]:
     """(name, module) of everything adapted or saved, in the model's order."""
-    for name, module in model.named_modules():
+    for name, module in unwrapped(model).named_modules():
         if isinstance(module, Extended):
             yield name, module
 
@@ -48,7 +62,7 @@ def saved_modules(model: nn.Module, adapter: str | None = None) -> dict[str, Sav
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    """Names of the adapters attached to a model, in the order of attaching."""
+    """Names of the adapters attached to a model, in the order in which its layers carry them."""
     return list(dict.fromkeys(a for _, m in extended(model) for a in m.adapters))
 
 
@@ -60,9 +74,15 @@ def check_name(name: object) -> str:
     """
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
         raise AdapterNameError(f"adapter name {name!r}: expected 1 to 64 letters, digits, '_' or '-' (no path, no dot)")
-    if hasattr(nn.ModuleDict, name):
+    if hasattr(nn.ModuleDict(), name):
         raise AdapterNameError(f"adapter name {name!r} is reserved by torch.nn.ModuleDict")
     return name
+
+
+def check_free(model: nn.Module, name: object) -> None:
+    """Raise AdapterNameError unless `name` is a plain name that no adapter of the model has."""
+    if check_name(name) in (names := adapter_names(model)):
+        raise AdapterNameError(f"adapter name {name!r} is taken; attached: {', '.join(names)}")
 
 
 def require_adapter(model: nn.Module, name: str) -> None:
@@ -88,6 +108,7 @@ def _nearest(wanted: str, names: Iterable[str], count: int = 5) -> list[str]:
 
 def _head(model: nn.Module) -> set[nn.Module]:
     """The output head: what the model says it is, else a top-level module with a usual name."""
+    model = unwrapped(model)
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
     if head is not None:
@@ -97,18 +118,26 @@ def _head(model: nn.Module) -> set[nn.Module]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    cls = module.base_class if isinstance(module, Extended) else type(module)
+    cls = own_class(module)
     layout = layout_of(cls)
-    return (
-        layout is not None
-        and layout.__name__ in ("LinearLayout", "Conv1DLayout")
-        and not issubclass(cls, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    )
+    return layout is not None and layout.is_matrix and not issubclass(cls, NonDynamicallyQuantizableLinear)
 
 
 def own_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules of the model itself by name, without those that adapters added."""
-    return {n: m for n, m in model.named_modules() if n and not re.search(r"(^|\.)adapters(\.|$)", n)}
+    """Modules of the model itself by name, each once, without those that adapters added."""
+    own: dict[str, nn.Module] = {}
+    seen: set[nn.Module] = set()
+
+    def walk(module: nn.Module, prefix: str) -> None:
+        for key, child in module._modules.items():
+            if child is None or child in seen or (key == "adapters" and isinstance(module, Extended)):
+                continue
+            seen.add(child)
+            own[prefix + key] = child
+            walk(child, f"{prefix}{key}.")
+
+    walk(unwrapped(model), "")
+    return own
 
 
 def pick(patterns: str | Sequence[str], modules: Iterable[str], what: str) -> list[str]:
@@ -145,7 +174,11 @@ def select(
         TargetError: a pattern that matches nothing (with the five nearest names), or a layer no adapter fits.
     """
     own = own_modules(model)
-    fitting = {n: m for n, m in own.items() if layout_of(getattr(m, "base_class", type(m)))}
+    if not own and layout_of(own_class(model)):
+        raise TargetError(f"the model itself is the layer ({type(model).__name__}): put it in an nn.Sequential")
+    if not targets:
+        raise TargetError("targets: none given; expected 'all-linear', a list of names, or a regular expression")
+    fitting = {n: m for n, m in own.items() if layout_of(own_class(m))}
     if targets == "all-linear":
         head = _head(model)
         chosen = [n for n, m in fitting.items() if _is_linear(m) and m not in head]
@@ -167,4 +200,15 @@ def select(
             raise TargetError(f"exclude {exclude!r} leaves nothing of targets {targets!r}")
     for name in chosen:
         check_host(own[name], name)
+        whole = next((n for n, m in own.items() if isinstance(m, SavedModule) and name.startswith(f"{n}.")), None)
+        if whole:
+            raise TargetError(f"{name!r} lies in {whole!r}, which another adapter trains in full")
     return chosen
+
+
+def reactivate(before: Iterable[tuple[Extended, tuple[str, ...]]]) -> None:
+    """Put the active adapters back, minus those removed and plus those attached in the meantime."""
+    for module, active in before:
+        if isinstance(module, Extended):
+            kept = tuple(n for n in active if n in module.adapters)
+            module.active_adapters = kept + tuple(n for n in module.active_adapters if n not in kept)

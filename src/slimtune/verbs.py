@@ -10,16 +10,26 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .errors import AdapterNameError, SlimtuneError, TargetError
-from .layers import Adapter, Extended, Host, SavedModule, check_host, extend, layout_of, restore
-from .recipe import Recipe
+from .errors import AdapterNameError, SlimtuneError, StructureError, TargetError
+from .layers import (
+    Adapter,
+    Host,
+    SavedModule,
+    check_extendable,
+    check_host,
+    extend,
+    layout_of,
+    own_class,
+    restore,
+)
+from .recipe import Recipe, matches
 from .targets import (
-    adapter_names,
-    check_name,
+    check_free,
     extended,
     hosts,
     own_modules,
     pick,
+    reactivate,
     require_adapter,
     saved_modules,
     select,
@@ -65,8 +75,9 @@ def adapt(
     """Attach an adapter to a model in place; freeze everything else.
 
     The new adapter goes on top of the active ones: with W1 = adapter1(W), the layer computes adapter2(W1).
-    Adapter parameters are fp32 (fp64 on an fp64 base) whatever the base; nothing of the base is edited. On a meta
-    model the adapter stays on meta until `initialize`.
+    Adapter parameters are fp32 (fp64 on an fp64 base) whatever the base; nothing of the base is edited, and it stays
+    frozen when the adapter is removed. On a meta model the adapter stays on meta until `initialize`. Resize token
+    embeddings before, not after.
 
     Args:
         targets: which layers; "all-linear" (every Linear and transformers Conv1D but the output head), a list of
@@ -88,19 +99,30 @@ def adapt(
         >>> st.adapt(model, st.lora(rank=2), ["0"])
         ['0']
     """
-    check_name(name)
-    if name in adapter_names(model):
-        raise AdapterNameError(f"adapter name {name!r} is taken; attached: {', '.join(adapter_names(model))}")
+    if not isinstance(recipe, Recipe):
+        raise StructureError(f"adapt: expected a Recipe such as st.lora(), got {recipe!r}")
+    check_free(model, name)
     own = own_modules(model)
     saved = pick(modules_to_save, own, "modules_to_save") if modules_to_save else []
     saved = [n for n in saved if not any(n.startswith(o + ".") for o in saved if o != n)]
     chosen = [n for n in select(model, targets, exclude) if not any(n == s or n.startswith(s + ".") for s in saved)]
     if not chosen:
         raise TargetError(f"targets {targets!r} lie wholly inside modules_to_save {list(saved)!r}")
-    own_layers = {n: own[n] for n in chosen}
-    built = {n: build_adapter(m, n, recipe.for_layer(n)) for n, m in own_layers.items()}
+    for pattern in recipe.overrides:
+        if not any(matches(n, pattern) for n in chosen):
+            raise TargetError(
+                f"{recipe.name}: the override {pattern!r} matches none of the {len(chosen)} layers chosen"
+            )
+    built = {n: build_adapter(own[n], n, recipe.for_layer(n)) for n in chosen}
+    trained = [p for p in model.parameters() if p.requires_grad]
     attach_adapters(model, built, name, saved)
-    initialize(model, name)
+    try:
+        initialize(model, name)
+    except BaseException:
+        remove(model, name)
+        for p in trained:
+            p.requires_grad_(True)
+        raise
     return chosen
 
 
@@ -111,7 +133,7 @@ def build_adapter(module: nn.Module, name: str, recipe: Recipe, device: torch.de
         TargetError, StructureError: naming the layer and why it cannot carry this adapter.
     """
     check_host(module, name)
-    layout = layout_of(module.base_class if isinstance(module, Extended) else type(module))
+    layout = layout_of(own_class(module))
     dtype = torch.float64 if module.weight.dtype == torch.float64 else torch.float32
     try:
         sizes = layout.sizes(module)  # type: ignore[union-attr]
@@ -129,16 +151,17 @@ def attach_adapters(model: nn.Module, built: dict[str, Adapter], name: str, save
     `saved` modules get a trainable copy. Errors come before the first layer is touched.
     """
     own = own_modules(model)
-    _check_fast_path(model, list(built))
+    _check_fast_path(model, [*built, *saved])
     copies: dict[str, nn.Module] = {}
     for layer in saved:
         if isinstance(own[layer], Host) or any(isinstance(m, Host) for m in own[layer].modules()):
             raise TargetError(f"modules_to_save: {layer!r} holds layers that another adapter changes")
+        check_extendable(own[layer], layer)
         copies[layer] = _copy_of(own[layer])
     model.requires_grad_(False)
     for layer, adapter in built.items():
         module = own[layer]
-        host = extend(module, layout_of(getattr(module, "base_class", type(module))))
+        host = extend(module, layout_of(own_class(module)))
         host.adapters[name] = adapter
         host.active_adapters += (name,)
     for layer, new in copies.items():
@@ -168,12 +191,12 @@ def initialize(model: nn.Module, name: str = "default") -> None:
         device = host.weight.device
         if device.type == "meta":
             continue
-        adapter = host.adapter(name)
+        adapter = host.addition(name)
         if adapter.scale.is_meta:
             adapter.to_empty(device=device)
         adapter.initialize(host.map(below=name))
     for module in saved_modules(model, name).values():
-        new = module.adapter(name)
+        new = module.addition(name)
         state = module.base_state()
         if any(t.is_meta for t in new.state_dict().values()) and not any(t.is_meta for t in state.values()):
             new.to_empty(device=next(iter(state.values())).device)
@@ -181,7 +204,9 @@ def initialize(model: nn.Module, name: str = "default") -> None:
 
 
 def activate(model: nn.Module, names: str | Sequence[str]) -> None:
-    """Make these adapters, in this order from the base up, the active ones. Which parameters train is unchanged.
+    """Make these adapters, in this order from the base up, the active ones.
+
+    Which parameters train is unchanged: only the adapter attached last does, until you set `requires_grad` yourself.
 
     Raises:
         AdapterNameError: a name that is not attached, or twice the same.
@@ -215,8 +240,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
             module.active_adapters = ()
         yield
     finally:
-        for module, active in before:
-            module.active_adapters = active
+        reactivate(before)
 
 
 @dataclass(frozen=True)

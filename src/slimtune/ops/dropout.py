@@ -71,7 +71,7 @@ def replayed_dropout(function: Callable[[Tensor], Tensor], x: Tensor, p: float) 
     d = _Drop.apply(x, p, seed)
     if not torch.is_grad_enabled():
         return function(d)
-    whole, storage = x.detach(), d.untyped_storage().data_ptr()
+    whole, version, storage = x.detach(), x._version, d.untyped_storage().data_ptr()
 
     def pack(t: Tensor) -> Any:
         if t.dtype == d.dtype and t.untyped_storage().data_ptr() == storage:
@@ -81,6 +81,8 @@ def replayed_dropout(function: Callable[[Tensor], Tensor], x: Tensor, p: float) 
     def unpack(saved: Any) -> Tensor:
         if isinstance(saved, Tensor):
             return saved
+        if whole._version != version:
+            raise RuntimeError("the input of a layer with adapter dropout was modified by an inplace operation")
         again = dropped(whole, p, seed).mul_(1 / keep_probability(p))
         return again.contiguous().as_strided(*saved)
 

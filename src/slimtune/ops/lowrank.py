@@ -38,7 +38,7 @@ def lowrank_linear(
         >>> torch.allclose(lowrank_linear(x, W, None, B, A, s), x @ (W + s * B @ A).T, atol=1e-5)
         True
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or x.is_meta or torch._C._are_functorch_transforms_active():
         return _composed(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout)
     if not torch.is_grad_enabled():
         return _plain(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout)
@@ -46,7 +46,8 @@ def lowrank_linear(
         if x.dtype != W.dtype:
             return F.linear(x, W, bias)  # torch's own error for mixed dtypes
         return _differentiable(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout)
-    x = x.to(torch.get_autocast_dtype(x.device.type))
+    if x.dtype != torch.float64:  # which autocast leaves alone
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     with torch.autocast(x.device.type, enabled=False):
         return _differentiable(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout)
 
@@ -68,9 +69,10 @@ def _composed(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout):
     h = F.linear(z, A.to(t)) * scale.to(t)
     if rank_dropout:
         h = F.dropout(h, rank_dropout)
+    if row_scale is None:  # as one accumulating product, which inductor keeps faster than a sum of two
+        y = F.linear(x, W.to(t), None if bias is None else bias.to(t))
+        return torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), B.to(t).t()).view(y.shape)
     update = F.linear(h, B.to(t))
-    if row_scale is None:
-        return F.linear(x, W.to(t), None if bias is None else bias.to(t)) + update
     d = row_scale.to(t)
     if bias is None:
         return (F.linear(x, W.to(t)) + update) * d
@@ -117,8 +119,11 @@ class _LowRankLinear(torch.autograd.Function):
             h.mul_(rank_mask)
         d = None if row_scale is None else _as(row_scale, t)
         b = None if bias is None else _as(bias, t)
-        y = x2 @ W_.t() if b is None else torch.addmm(b, x2, W_.t())
-        y.addmm_(h, B_.t())
+        # a view would forbid in-place operations on the output (nn.ReLU(inplace=True))
+        y = x.new_empty(*shape[:-1], W.shape[0])
+        y2 = y.view(-1, W.shape[0])
+        torch.mm(x2, W_.t(), out=y2) if b is None else torch.addmm(b, x2, W_.t(), out=y2)
+        y2.addmm_(h, B_.t())
         u = None
         if d is not None:
             # y / d gives the unscaled output back, unless a bias or fp16's range is in the way
@@ -132,9 +137,6 @@ class _LowRankLinear(torch.autograd.Function):
                 y.mul_(d)
                 u = y
             ctx.u_is_output = u is y
-        y = y.view(*shape[:-1], y.shape[-1])
-        if d is not None and ctx.u_is_output:
-            u = y
         ctx.dropout, ctx.seed = dropout, seed
         ctx.save_for_backward(x, W, bias, B, A, scale, row_scale, h, u, rank_mask)
         return y
@@ -145,25 +147,31 @@ class _LowRankLinear(torch.autograd.Function):
         need_x, _, _, need_B, need_A, _, need_d = ctx.needs_input_grad[:7]
         t = x.dtype
         g = grad.reshape(-1, grad.shape[-1])  # (T, O)
+        x2 = x.reshape(-1, x.shape[-1])
         A_, B_, s = _as(A, t), _as(B, t), _as(scale, t)
+        factor = s / keep_probability(ctx.dropout) if ctx.dropout else s
+        mask = kept(x2, ctx.dropout, ctx.seed) if ctx.dropout and (need_A or need_x) else None
+        u_is_output = row_scale is not None and ctx.u_is_output
+        if torch.is_grad_enabled():  # a second derivative: kept products are constants to autograd, so form them again
+            h = (x2 if mask is None else x2 * mask) @ A_.t() * factor
+            if rank_mask is not None:
+                h = h * rank_mask
+            if u is not None:
+                u, u_is_output = F.linear(x2, _as(W, t), None if bias is None else _as(bias, t)) + h @ B_.t(), False
         grad_d = None
         if row_scale is not None:
             if need_d:
                 grad_d = torch.linalg.vecdot(g, u.reshape(g.shape), dim=0).to(row_scale.dtype)
                 if bias is not None:
                     grad_d -= bias * g.sum(0, dtype=grad_d.dtype)
-                if ctx.u_is_output:
+                if u_is_output:
                     grad_d /= _floored(row_scale, t)
             g = g * _as(row_scale, t)
-        factor = s / keep_probability(ctx.dropout) if ctx.dropout else s
         q = (g @ B_).mul_(factor)  # (T, R): the gradient of z A^T
         if rank_mask is not None:
             q.mul_(rank_mask)
         grad_B = (h.t() @ g).t().to(B.dtype) if need_B else None
-        grad_A = grad_x = mask = None
-        x2 = x.reshape(-1, x.shape[-1])
-        if ctx.dropout and (need_A or need_x):
-            mask = kept(x2, ctx.dropout, ctx.seed)
+        grad_A = grad_x = None
         if need_A:
             grad_A = (q.t() @ (x2 if mask is None else x2 * mask)).to(A.dtype)
         if need_x:

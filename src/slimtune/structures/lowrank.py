@@ -60,8 +60,10 @@ class LowRank(Factored):
         return self.A.shape[0]
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        # straight from the dict: attribute look-up on a module costs as much as a small kernel
-        return self._parameters["B"], self._parameters["A"]  # type: ignore[return-value]
+        # straight from the dict: attribute look-up on a module costs as much as a small kernel. Replicas
+        # (DataParallel) and parametrizations keep plain attributes instead
+        own = self._parameters
+        return (own["B"], own["A"]) if own else (self.B, self.A)  # type: ignore[return-value]
 
     def reset_parameters(self) -> None:
         with torch.no_grad():
