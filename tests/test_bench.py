@@ -117,10 +117,7 @@ def test_a_run_writes_results_and_a_page(tmp_path):
         "--out",
         str(tmp_path / "page.md"),
     ]
-    assert (
-        run.main([*arguments, "--methods", "lora,lora_rank_dropout", "--dtype", "fp32", "--measure", "step"])
-        == 0
-    )
+    assert run.main([*arguments, "--methods", "lora,lora_rank_dropout", "--dtype", "fp32", "--measure", "step"]) == 0
     content = json.loads((tmp_path / "cpu-fp32-lora.json").read_text())
     assert {"step", "parity", "method", "dtype", "device", "model"} == set(content)
     page = (tmp_path / "page.md").read_text()
