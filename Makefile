@@ -1,4 +1,4 @@
-# make help lists the targets. CPU-only machine: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# make help lists the targets. CPU-only machine: make demo TORCH_INDEX=<the CPU wheel index of PyTorch>
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=

@@ -307,3 +307,37 @@ def test_gradient_checkpointing_learns_the_same(straight, llama, text, tmp_path)
     cut(straight, tmp_path / "run", 10)
     train(text_config(llama, text, tmp_path / "run", gradient_checkpointing=True))
     same(straight, tmp_path / "run")
+
+
+def test_a_refused_start_over_touches_nothing(tmp_path):
+    """resume_from_checkpoint=false discards the old run only once the new one is known to be sound."""
+    cfg = image_config(tmp_path, max_steps=2)
+    train(cfg)
+    run = Path(cfg.output_dir)
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    for wrong in ({"method_options": {"rnk": 3}}, {"target_modules": ["nope"]}):
+        with pytest.raises(st.SlimtuneError):
+            train(cfg.model_copy(update={"resume_from_checkpoint": False, **wrong}))
+        assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+    (run / "adapter" / "old").write_text("")
+    train(cfg.model_copy(update={"resume_from_checkpoint": False}))
+    assert not (run / "adapter" / "old").exists()
+    assert "resume_from_checkpoint: auto" in (run / "config.yaml").read_text()
+
+
+def test_a_last_step_that_overflows_is_not_a_success(tmp_path):
+    """Loss and gradient of the step were finite; the weights or the evaluation after it are not."""
+    cfg = image_config(tmp_path, max_steps=1, learning_rate=1e30, warmup_ratio=0.0, lr_scheduler_type="constant")
+    with pytest.raises(st.DivergenceError, match="step 1: "):
+        train(cfg)
+    run = Path(cfg.output_dir)
+    assert not (run / "adapter").exists() and not (run / "metrics.json").exists()
+    assert not checkpoint.checkpoints(run)
+
+
+def test_a_finished_run_is_measured_again_for_another_test_set(tmp_path):
+    cfg = image_config(tmp_path, max_steps=2)
+    first = train(cfg)
+    again = train(cfg.model_copy(update={"test_dataset_name": cfg.dataset_name}))
+    assert first.metrics.get("test") is None and again.metrics["test"]["samples"] > 0
+    assert again.metrics["validation"]["loss"] == first.metrics["validation"]["loss"]

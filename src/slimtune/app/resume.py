@@ -41,6 +41,14 @@ FREE = frozenset(  # may differ between a run and its continuation: they do not 
     ]
 )
 
+MEASURED = (  # free to differ, but a finished run is measured again
+    "test_dataset_name",
+    "max_eval_samples",
+    "evaluate_base",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+)
+
 
 @dataclass
 class Beginning:
@@ -73,11 +81,13 @@ def find_beginning(cfg: TrainConfig) -> Beginning:
             raise FileFormatError(f"resume_from_checkpoint: {named} is damaged: {'; '.join(problems)}")
         return _compatible(cfg, Beginning(named, [], read_state(named)))
     metrics = _finished(run)
+    path, skipped = checkpoint.newest_good(run)
     if metrics is not None:
         before = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
         _same(cfg, before, f"the finished run in {run}")
-        return Beginning(finished=metrics)
-    path, skipped = checkpoint.newest_good(run)
+        now = cfg.resolved()
+        if path is None or all(before.get(key) == now[key] for key in MEASURED):
+            return Beginning(finished=metrics)
     if path is None:
         return Beginning(None, skipped)
     return _compatible(cfg, Beginning(path, skipped, read_state(path)))
@@ -95,8 +105,12 @@ def start_afresh(run: Path) -> None:
     """Discard the checkpoints and results of an earlier run in this folder; its events are kept under a number."""
     for path in checkpoint.checkpoints(run):
         shutil.rmtree(path)
-    (run / METRICS).unlink(missing_ok=True)
     events = run / EVENTS
+    if events.exists():  # a run's own results, not somebody's folder of the same name
+        for name in (METRICS, "ranks.json", "report.html"):
+            (run / name).unlink(missing_ok=True)
+        for name in ("adapter", "model", "plots"):
+            shutil.rmtree(run / name, ignore_errors=True)
     if events.exists() and events.stat().st_size:
         number = next(n for n in range(1, 10**6) if not (run / f"events-{n}.jsonl").exists())
         events.rename(run / f"events-{number}.jsonl")

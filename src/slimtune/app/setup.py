@@ -137,6 +137,16 @@ def trainer(
     return built
 
 
+def check_folder(run: Path) -> None:
+    """Make the run folder if need be. Raises SlimtuneError if it cannot be written."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SlimtuneError(f"output_dir: cannot write to {run}: {error.strerror}") from error
+    if not os.access(run, os.W_OK):
+        raise SlimtuneError(f"output_dir: cannot write to {run}: permission denied")
+
+
 def open_folder(run: Path, cfg: TrainConfig) -> None:
     """Make the run folder ready: leftovers of killed saves removed, the resolved configuration written."""
     try:
@@ -145,7 +155,8 @@ def open_folder(run: Path, cfg: TrainConfig) -> None:
         if cfg.resume_from_checkpoint is False or not checkpoint.checkpoints(run):
             resume.start_afresh(run)
         (run / resume.METRICS).unlink(missing_ok=True)
-        write_text(run / resume.CONFIG, yaml.safe_dump(cfg.resolved(), sort_keys=False, allow_unicode=True))
+        resolved = cfg.resolved() | {"resume_from_checkpoint": "auto"}  # run again, this file continues
+        write_text(run / resume.CONFIG, yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
     except OSError as error:
         raise SlimtuneError(f"output_dir: cannot write to {run}: {error.strerror}") from error
 

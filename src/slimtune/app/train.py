@@ -63,13 +63,9 @@ def _train(cfg: TrainConfig, stop: StopRequest) -> RunResult:
 
     arguments = setup.arguments(cfg)  # starts the process group under torchrun
     if main:
-        setup.open_folder(run, cfg)
+        setup.check_folder(run)
     setup.barrier()
     events = Events(run, enabled=main)
-    for path, reason in beginning.skipped:
-        events.write("skip", checkpoint.step_of(path), path=path.name, reason=reason)
-        if main:
-            print(f"damaged checkpoint skipped: {path}: {reason}", file=sys.stderr)
     setup.seed(cfg.seed)
     task = build_task(cfg)
     setup.seed(cfg.seed)
@@ -79,6 +75,13 @@ def _train(cfg: TrainConfig, stop: StopRequest) -> RunResult:
     trainer = setup.trainer(cfg, task, method, arguments, events, stop)
     here = {"train_examples": len(task.train), "world_size": arguments.world_size}
     resume.check_surroundings(beginning, here)
+    if main:  # nothing of an earlier run is touched before this one is known to be sound
+        setup.open_folder(run, cfg)
+    setup.barrier()
+    for path, reason in beginning.skipped:
+        events.write("skip", checkpoint.step_of(path), path=path.name, reason=reason)
+        if main:
+            print(f"damaged checkpoint skipped: {path}: {reason}", file=sys.stderr)
     trainer.run_state = {**beginning.state, "config": resume.relevant(cfg), **here}
     facts = {
         "method": cfg.method,

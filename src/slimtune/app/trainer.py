@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -122,7 +123,7 @@ class SlimTrainer(Trainer):
             self.stop.signal = self.stop.signal or "SIGTERM"
         if diverged:
             step = self.state.global_step + 1
-            raise DivergenceError(f"step {step}: {self._explain()}; stopped before it changed any weight")
+            raise DivergenceError(f"step {step}: {self._explain()}; stopped before this step changed a weight")
 
     def _explain(self) -> str:
         for inputs, loss in zip(self._window, self._losses, strict=True):
@@ -139,11 +140,18 @@ class SlimTrainer(Trainer):
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         with random_state_kept():
-            return super().evaluate(*args, **options)
+            found = super().evaluate(*args, **options)
+        loss = found.get(f"{options.get('metric_key_prefix', 'eval')}_loss")
+        if loss is not None and not math.isfinite(loss):
+            raise DivergenceError(f"step {self.state.global_step}: the {self.split} loss is {loss}")
+        return found
 
     # ---- checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        for name, p in self.model.named_parameters():
+            if p.requires_grad and not torch.isfinite(p).all():
+                raise DivergenceError(f"step {self.state.global_step}: after it the weight '{name}' is not finite")
         run = Path(self.args.output_dir)
         final = run / f"checkpoint-{self.state.global_step}"
         self.store_flos()
