@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -272,6 +273,14 @@ def labelled(tmp_path, train, validation=None, classes=None):
 def test_labels_become_numbers(tmp_path, values, given, names, numbers):
     found, encoded = read_labels(labelled(tmp_path, values), given)
     assert (found, encoded["train"]) == (names, numbers)
+
+
+def test_classes_are_those_of_the_whole_training_data(tmp_path):
+    splits = labelled(tmp_path, ["b", "1", "a", "c"], ["b", "c"])
+    sampled = replace(splits, train=splits.train.select([2, 3]))
+    assert read_labels(sampled) == (["1", "a", "b", "c"], {"train": [1, 3], "validation": [2, 3]})
+    numeral = replace(splits, train=splits.train.select([1]))
+    assert read_labels(numeral)[1]["train"] == [0]  # one numeral among names is a name
 
 
 def test_bad_labels_are_refused_with_their_row(tmp_path):

@@ -24,9 +24,8 @@ import glob
 import hashlib
 import math
 import re
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -325,17 +324,21 @@ def read_labels(splits: Splits, labels: Sequence[str] | None = None) -> tuple[li
 
     With `labels` given, a cell is the number of the equal entry; integers count into the list unless every entry
     is itself an integer. Otherwise the source's own names are used. Otherwise integers from 0 are class numbers as
-    they stand, and anything else is numbered in the sorted order of the training split's distinct values.
+    they stand, and anything else is numbered in the sorted order of the training data's distinct values, those of
+    rows that were held out or left out by `max_train_samples` included.
 
     Raises:
         DataError: fewer than two classes, a missing label, or one outside the set, with its row.
     """
     column = splits.columns["label"]
-    cells = {name: _label_cells(table, column) for name, table in splits.items()}
-    counts = Counter(cells["train"])
+    whole = {name: _label_cells(replace(table, index=None), column) for name, table in splits.items()}
+    cells = {
+        name: whole[name] if table.index is None else [whole[name][i] for i in table.index]
+        for name, table in splits.items()
+    }
     known = list(labels) if labels is not None else splits.train.classes.get(column)
     if known is None:
-        values: list[Any] = sorted(counts, key=lambda v: (isinstance(v, str), v))
+        values: list[Any] = sorted(set(whole["train"]), key=lambda v: (isinstance(v, str), v))
         if any(isinstance(v, str) for v in values) and not all(isinstance(v, str) for v in values):
             raise DataError(f"{splits.train.name}: the column '{column}' mixes text and numbers: {_show(values[:6])}")
         if len(values) > MAX_CLASSES:
