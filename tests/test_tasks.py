@@ -336,6 +336,26 @@ def test_sft_bad_rows(llama, config, row, words):
     refused(DataError, lambda: build_task(config("sft", [row], model_name_or_path=llama)), *words)
 
 
+@pytest.mark.parametrize("template", [None, CHAT])
+def test_an_empty_answer_trains_nothing(llama, config, tmp_path, template):
+    folder = copy_of(llama, tmp_path / "chat")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    empty = {"role": "assistant", "content": ""}
+    for row in (
+        {"prompt": "a b", "completion": ""},
+        {"prompt": "a b </s>", "completion": ""},
+        {"instruction": "a", "output": ""},
+        {"messages": [MESSAGES[0], empty]},
+    ):
+        build = lambda row=row: build_task(config("sft", [row] * 2, model_name_or_path=folder))  # noqa: E731
+        refused(DataError, build, "no token is left", "2 rows 2 have nothing")
+    one = build_task(config("sft", [{"messages": [*MESSAGES[:3], empty]}], model_name_or_path=folder))
+    trained = one.train[0]["labels"]
+    assert trained[trained != -100].tolist() == ids("c </s>")
+
+
 def test_packing(llama, config):
     rows = [{"text": "a b c"}, {"text": "d"}, {"text": "e f g"}]
     task = build_task(config("sft", rows, model_name_or_path=llama, packing=True, max_length=4))

@@ -105,7 +105,10 @@ def read_messages(value: Any, where: str) -> list[tuple[str, str]]:
 
 
 def render(messages: list[tuple[str, str]], tokenizer: Any, where: str, tools: Any = None, first: int = 0) -> Sample:
-    """Messages as text; the assistant's turns from number `first` on are the spans, with what ends each turn."""
+    """Messages as text; the assistant's turns from number `first` on are the spans, with what ends each turn.
+
+    A turn that says nothing is no span: its end alone would teach to say nothing.
+    """
     if not getattr(tokenizer, "chat_template", None):
         return _render_plain(messages, tokenizer.eos_token or "", first)
     turns = [{"role": role, "content": content} for role, content in messages]
@@ -119,7 +122,7 @@ def render(messages: list[tuple[str, str]], tokenizer: Any, where: str, tools: A
         text = template(len(turns), False)
         spans = []
         for i in range(first, len(turns)):
-            if turns[i]["role"] == "assistant":
+            if turns[i]["role"] == "assistant" and turns[i]["content"]:
                 start = _common(text, template(i, True))
                 end = _common(text, template(i + 1, False))
                 content = messages[i][1].strip()
@@ -148,7 +151,7 @@ def _render_plain(messages: list[tuple[str, str]], end_token: str, first: int) -
         text += content
         if role == "assistant":
             text += end_token
-            if i >= first:
+            if i >= first and content:
                 spans.append((start, len(text)))
         text += "\n\n"
     return Sample(text.rstrip("\n") if spans and messages[-1][0] == "assistant" else text, spans)

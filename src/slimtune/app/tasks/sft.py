@@ -151,14 +151,21 @@ def tokenize(samples: Sequence[Sample], tokenizer: Any) -> tuple[list[list[int]]
                 mask = [True] * len(ids)
             else:
                 mask = in_spans(batch["offset_mapping"][i], sample.spans)
-                if mask and ids[-1] == end and sample.spans and sample.spans[-1][1] == len(sample.text):
+                if mask and ids[-1] == end and _trains_end(sample):
                     mask[-1] = True
             if end is not None and not sample.templated and (not ids or ids[-1] != end):
                 ids.append(end)
-                mask.append(sample.spans is None or bool(sample.spans and sample.spans[-1][1] == len(sample.text)))
+                mask.append(_trains_end(sample))
             tokens.append(ids)
             trained.append(mask)
     return tokens, trained
+
+
+def _trains_end(sample: Sample) -> bool:
+    """Whether the end token follows trained text; alone it would teach to say nothing."""
+    if sample.spans is None:
+        return True
+    return any(low < high for low, high in sample.spans) and sample.spans[-1][1] == len(sample.text)
 
 
 def in_spans(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
