@@ -99,6 +99,11 @@ def test_the_file_as_a_whole(write, text, message):
         load_config(write(text))
 
 
+def test_a_pattern_is_a_dataset_name(write):
+    cfg = load_config(write(GOOD), ["dataset_name=da*.jsonl", "eval_dataset_name=./[a-d]*.jsonl"])
+    assert (cfg.dataset_name, cfg.eval_dataset_name) == ("da*.jsonl", "./[a-d]*.jsonl")
+
+
 def test_all_mistakes_at_once_in_the_order_of_the_file(write):
     with pytest.raises(ConfigError) as caught:
         load_config(write(GOOD + "sed: 1\nbf16: maybe\nlearning_rate: x\n"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import glob
 import re
 from collections.abc import Iterable
 from functools import cache
@@ -104,7 +105,9 @@ def conflicts(cfg: TrainConfig) -> Iterable[tuple[str, str]]:
         "model_name_or_path",
     ):
         path = getattr(cfg, name)
-        if path is not None and _is_local(path) and not Path(path).expanduser().exists():
+        if path is None or not _is_local(path) or (name.endswith("dataset_name") and glob.has_magic(path)):
+            continue
+        if not Path(path).expanduser().exists():
             yield name, f"no such file or folder: '{path}' (looked from {Path.cwd()})"
     for name in ("image_mean", "image_std"):
         values = getattr(cfg, name)
