@@ -62,8 +62,16 @@ def test_unexpected_errors_keep_their_traceback_for_debug(monkeypatch, capsys):
     assert cli.main(["train", "x.yaml"]) == 1
     assert capsys.readouterr().err == "error: RuntimeError: two lines (--debug shows where)\n"
     for arguments in (["--debug", "train", "x.yaml"], ["train", "x.yaml", "--debug"]):
-        with pytest.raises(RuntimeError, match="two"):
-            cli.main(arguments)
+        assert cli.main(arguments) == 1
+        errors = capsys.readouterr().err
+        assert errors.startswith("Traceback") and errors.endswith("\nerror: RuntimeError: two lines\n")
+
+
+def test_debug_keeps_the_exit_code(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["--debug", "train", "nowhere.yaml"]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("Traceback") and "\nerror: nowhere.yaml: no such file" in errors
 
 
 def test_methods(capsys):
@@ -73,6 +81,9 @@ def test_methods(capsys):
     }
     assert cli.main(["methods", "dora"]) == 0
     assert "2402.09353" in capsys.readouterr().out
+    for name, said in (("full", "every weight"), ("head", "modules_to_save")):
+        assert cli.main(["methods", name]) == 0
+        assert said in capsys.readouterr().out
 
 
 def test_schema(capsys):

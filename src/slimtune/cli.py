@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, cast
@@ -82,7 +83,8 @@ def train(
     first = os.environ.get("RANK", "0") == "0"
     if result.interrupted:
         if first:
-            print(f"stopped and saved; the same command continues: {result.output_dir}", file=sys.stderr)
+            again = result.output_dir / "config.yaml"
+            print(f"stopped and saved; slimtune train --config {again} continues", file=sys.stderr)
         raise typer.Exit(130)
     from slimtune.app.summary import closing_lines
 
@@ -165,13 +167,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if debug:
-            raise
         from slimtune.errors import SlimtuneError
 
+        if debug:
+            traceback.print_exc()
         if isinstance(error, SlimtuneError):
             print(f"error: {error}", file=sys.stderr)
             return error.exit_code
         what = " ".join(str(error).split())
-        print(f"error: {type(error).__name__}: {what} (--debug shows where)", file=sys.stderr)
+        hint = "" if debug else " (--debug shows where)"
+        print(f"error: {type(error).__name__}: {what}{hint}", file=sys.stderr)
         return 1

@@ -6,6 +6,11 @@ import inspect
 import re
 from dataclasses import dataclass
 
+WHOLE = {
+    "full": "every weight of the model is trained, without an adapter; the run folder holds model/",
+    "head": "only modules_to_save (the task head) are trained, without an adapter; the run folder holds model/",
+}
+
 
 @dataclass(frozen=True)
 class MethodInfo:
@@ -56,8 +61,11 @@ def text(name: str | None = None) -> str:
         lines = [f"{info.name:<{width}}  {info.formula}" for info in known.values()]
         lines += [f"{'full':<{width}}  every weight", f"{'head':<{width}}  only modules_to_save (the task head)"]
         return "\n".join([*lines, "", "slimtune methods NAME: its options and source"])
+    if name in WHOLE:
+        return f"{name}: {WHOLE[name]}.\nNo method_options."
     if name not in known:
-        raise ConfigError(f"no method '{name}'{suggest(name, known)} (known: {', '.join(known)})")
+        everything = [*known, *WHOLE]
+        raise ConfigError(f"no method '{name}'{suggest(name, everything)} (known: {', '.join(everything)})")
     info = known[name]
     widths = [max(len(option[i]) for option in info.options) for i in (0, 1)]
     lines = [f"  {n:<{widths[0]}}  {default:<{widths[1]}}  {meaning}".rstrip() for n, default, meaning in info.options]
