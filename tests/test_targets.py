@@ -172,6 +172,25 @@ def test_recipes_refuse_bad_options():
         st.Recipe.from_dict({"structure": "Nope"})
 
 
+@pytest.mark.parametrize("recipe", [st.lora, st.rslora, st.dora])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": "8"}, "lora: rank must be a whole number of at least 1, got '8'"),
+        ({"rank": 0}, "rank must be a whole number of at least 1, got 0"),
+        ({"rank": 2.0}, "rank must be a whole number of at least 1, got 2.0"),
+        ({"rank": True}, "rank must be a whole number of at least 1, got True"),
+        ({"rank_pattern": {"up": "4"}}, "rank of 'up' must be a whole number of at least 1, got '4'"),
+        ({"rank_pattern": [4]}, r"rank_pattern must be a table \{name: value\}, got \[4\]"),
+        ({"alpha_pattern": "up"}, "alpha_pattern must be a table"),
+        ({"alpha": 0}, "alpha must not be 0"),
+    ],
+)
+def test_ranks_and_alphas_that_cannot_be(recipe, options, message):
+    with pytest.raises(st.StructureError, match=message):
+        recipe(**options)
+
+
 def test_activate_checks_names():
     model = Chain()
     st.adapt(model, st.lora())

@@ -42,7 +42,7 @@ class Recipe:
         options: its keyword options.
         composition: the class that combines W and dW.
         composition_options: its keyword options.
-        alpha: numerator of the scale.
+        alpha: numerator of the scale; not 0.
         rank_power: 0 for s = alpha, 1 for LoRA's alpha / R, 0.5 for rsLoRA's alpha / sqrt(R).
         dropout: probability of dropping an input entry on the branch of the change, while training; 0 <= p < 1.
         overrides: per layer: {literal name, suffix or glob: {"alpha": ..., <structure option>: ...}}; later
@@ -51,7 +51,8 @@ class Recipe:
         learning_rate: what AdamW usually wants for this method's parameters.
 
     Raises:
-        StructureError: an option the structure or composition does not have, or a dropout outside [0, 1).
+        StructureError: an option the structure or composition does not have, a dropout outside [0, 1), or an alpha
+            that is 0 or not finite.
 
     Example:
         >>> import slimtune as st
@@ -76,6 +77,8 @@ class Recipe:
             raise StructureError(f"{self.name}: dropout must be a number in [0, 1), got {self.dropout!r}")
         if not _is_number(self.alpha) or not math.isfinite(self.alpha):
             raise StructureError(f"{self.name}: alpha must be a finite number, got {self.alpha!r}")
+        if self.alpha == 0:
+            raise StructureError(f"{self.name}: alpha must not be 0; the adapter could never change anything")
         _check_options(self.structure, self.options, self.name)
         _check_options(self.composition, self.composition_options, self.name)
         for pattern, changes in self.overrides.items():

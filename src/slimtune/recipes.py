@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from .compositions import Magnitude
+from .errors import StructureError
 from .recipe import Recipe
 from .structures import LowRank
 
@@ -31,9 +32,18 @@ def lora(
         rank_dropout: of the (T, R) product instead; much cheaper.
         rank_pattern: ranks of some layers, {name, suffix or glob: R}.
         alpha_pattern: alphas of some layers, likewise.
+
+    Raises:
+        StructureError: a rank that is not a whole number of at least 1, an alpha that is 0 or not finite, a pattern
+            table that is not a mapping.
     """
+    _check_rank(rank, "rank")
+    for key, table in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
+        if table is not None and not isinstance(table, Mapping):
+            raise StructureError(f"lora: {key} must be a table {{name: value}}, got {table!r}")
     overrides: dict[str, dict[str, float]] = {}
     for pattern, r in (rank_pattern or {}).items():
+        _check_rank(r, f"rank of {pattern!r}")
         overrides[pattern] = {"rank": r} if alpha is not None else {"rank": r, "alpha": 2 * r}
     for pattern, a in (alpha_pattern or {}).items():
         overrides.setdefault(pattern, {})["alpha"] = a
@@ -98,6 +108,11 @@ def dora(
     plain = lora(rank, alpha, dropout, rank_dropout, rank_pattern, alpha_pattern)
     options = {} if detach else {"detach": False}
     return replace(plain, composition=Magnitude, composition_options=options, name="dora")
+
+
+def _check_rank(rank: object, what: str) -> None:
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise StructureError(f"lora: {what} must be a whole number of at least 1, got {rank!r}")
 
 
 RECIPES: dict[str, Callable[..., Recipe]] = {f.__name__: f for f in (dora, lora, rslora)}
