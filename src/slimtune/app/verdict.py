@@ -118,12 +118,12 @@ def _change(baseline: dict[str, Any], metric: str, before: float, after: float, 
 
 
 def _conclusion(metric: str, change: Difference | None, before: float, after: float) -> str:
+    better = (after > before) == rises(metric)
     if change is None:
-        return ""
+        return ": unchanged" if after == before else ": better" if better else ": worse"
     ends = f"95 % interval of the change {change.low:+.3f} to {change.high:+.3f}"
     if change.tie:
         return f": a tie ({ends})"
-    better = (after > before) == rises(metric)
     return f" ({ends})" if better else f": worse ({ends})"
 
 
