@@ -65,6 +65,12 @@ class Task:
     callbacks: list[Any] = field(default_factory=list)
 
 
+def brief(error: BaseException) -> str:
+    """The type of somebody else's error and the first line of what it says."""
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {said}"
+
+
 def choose_metric(cfg: TrainConfig, offered: dict[str, bool], default: str) -> tuple[str, bool]:
     """(name, greater is better) of the metric that decides. `offered` maps names to greater-is-better.
 
@@ -113,7 +119,7 @@ def probe(base: Base, inputs: dict[str, Tensor], outputs: int, what: str) -> Non
     try:
         logits = base.call(base.model, inputs)
     except Exception as error:
-        raise ConfigError(f"model_factory: the model fails on a batch of {shapes}: {error}") from error
+        raise ConfigError(f"model_factory: the model fails on a batch of {shapes}: {brief(error)}") from error
     finally:
         base.model.train(training)
     batch = len(inputs["labels"])

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slimtune.app.tables import Table
+from slimtune.app.tasks.base import brief
 from slimtune.errors import DataError
 
 PAIRS = (("prompt", "completion"), ("question", "answer"))
@@ -132,7 +133,7 @@ def render(messages: list[tuple[str, str]], tokenizer: Any, where: str, tools: A
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"{where}: the chat template refuses the messages: {error}") from error
+        raise DataError(f"{where}: the chat template refuses the messages: {brief(error)}") from error
     return Sample(text, spans, templated=True)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from slimtune.app.tasks.base import brief
 from slimtune.errors import ConfigError, FileFormatError
 
 
@@ -36,7 +37,7 @@ def load_factory(spec: str) -> Callable[..., Any]:
             raise ConfigError(f"model_factory: no module '{error.name}' (looked from {here})") from error
         raise ConfigError(f"model_factory: '{module_name}' needs the module '{error.name}'") from error
     except Exception as error:
-        raise ConfigError(f"model_factory: importing '{module_name}' fails: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"model_factory: importing '{module_name}' fails: {brief(error)}") from error
     for name in path.split("."):
         if not hasattr(found, name):
             public = [key for key in vars(found) if not key.startswith("_")]
@@ -76,7 +77,7 @@ def build_factory_model(
             torch.manual_seed(seed)
             made = factory(**options)
     except Exception as error:
-        raise ConfigError(f"model_factory: {spec} raises {type(error).__name__}: {error}") from error
+        raise ConfigError(f"model_factory: {spec} raises {brief(error)}") from error
     model, tokenizer = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model_factory: {spec} returns {type(made).__name__}; expected a torch.nn.Module")
