@@ -1,8 +1,9 @@
 """Every public name, sorted; the package loads them from here when the first one is used."""
 
-from . import errors, io, ops, recipes
-from .compositions import Additive, Composition, LinearMap, Magnitude
-from .controllers import Attached, Controller, attach
+# ruff: noqa: F403
+from . import compositions, controllers, errors, io, ops, recipes, structures
+from .compositions import *
+from .controllers import *
 from .errors import (
     AdapterNameError,
     ConfigError,
@@ -20,8 +21,8 @@ from .io import load, save
 from .merging import LayerError, MergeReport, merge, merged
 from .peft_format import export_peft, import_peft
 from .recipe import Recipe
-from .recipes import dora, lora, rslora
-from .structures import Factored, LowRank, Structure
+from .recipes import *
+from .structures import *
 from .targets import adapter_names, trainable_parameters
 from .verbs import (
     Summary,
@@ -35,23 +36,14 @@ from .verbs import (
 
 __all__ = [
     "AdapterNameError",
-    "Additive",
-    "Attached",
-    "Composition",
     "ConfigError",
-    "Controller",
     "DataError",
     "DivergenceError",
-    "Factored",
     "FileFormatError",
     "LayerError",
-    "LinearMap",
-    "LowRank",
-    "Magnitude",
     "MergeReport",
     "Recipe",
     "SlimtuneError",
-    "Structure",
     "StructureError",
     "Summary",
     "TargetError",
@@ -60,24 +52,24 @@ __all__ = [
     "activate",
     "adapt",
     "adapter_names",
-    "attach",
     "disabled",
-    "dora",
     "errors",
     "export_peft",
     "import_peft",
     "initialize",
     "io",
     "load",
-    "lora",
     "merge",
     "merged",
     "ops",
     "param_groups",
     "recipes",
     "remove",
-    "rslora",
     "save",
     "summary",
     "trainable_parameters",
 ]
+__all__ += compositions.__all__
+__all__ += controllers.__all__
+__all__ += recipes.__all__
+__all__ += structures.__all__

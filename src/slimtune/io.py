@@ -37,7 +37,7 @@ from .files import (
 from .layers import Adapter, Extended, own_class
 from .recipe import Recipe
 from .targets import check_free, hosts, own_modules, require_adapter, saved_modules, unwrapped
-from .verbs import attach_adapters, build_adapter
+from .verbs import attach_adapters, build_adapter, prepare
 
 __all__ = [
     "Description",
@@ -169,8 +169,8 @@ def own_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """
     tensors = {}
     for layer, host in hosts(model, name).items():
-        for key, p in host.adapters[name].named_parameters():
-            tensors[f"{layer}.{key}"] = p
+        for key, t in host.addition(name).saved_tensors().items():
+            tensors[f"{layer}.{key}"] = t
     for layer, module in saved_modules(model, name).items():
         for key, t in module.adapters[name].state_dict().items():
             tensors[f"{layer}.saved.{key}"] = t
@@ -205,8 +205,8 @@ def install(
             built[layer] = build_adapter(modules[layer], layer, entry.recipe, device="meta")
         except (TargetError, StructureError) as e:
             raise FileFormatError(f"{path}: {e}") from None
-        for key, p in built[layer].named_parameters():
-            expected[f"{layer}.{key}"] = tuple(p.shape)
+        for key, t in built[layer].saved_tensors().items():
+            expected[f"{layer}.{key}"] = tuple(t.shape)
     for layer in description.saved:
         if layer not in modules:
             raise FileFormatError(f"{path}: the model has no module {layer!r} (modules_to_save)")
@@ -222,9 +222,10 @@ def install(
         adapter.to_empty(device=host.weight.device)
         adapter.scale.fill_(description.layers[layer].scale)
         with torch.no_grad():
-            for key, p in adapter.named_parameters():
-                p.copy_(tensors[f"{layer}.{key}"])
+            for key, t in adapter.saved_tensors().items():
+                t.copy_(tensors[f"{layer}.{key}"])
     attach_adapters(model, built, name, description.saved)
+    prepare(model, name)
     for layer, module in saved_modules(model, name).items():
         prefix = f"{layer}.saved."
         module.adapters[name].load_state_dict({k[len(prefix) :]: t for k, t in tensors.items() if k.startswith(prefix)})

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .compositions import LinearMap, version
+from .compositions import LinearMap
+from .compositions.base import version
 from .errors import TargetError, UninitializedError
 from .ops import replayed_dropout
 from .recipe import Recipe
@@ -61,7 +62,12 @@ class Adapter(nn.Module):
         """Draw the structure's starting values and read the composition's from the map below."""
         self.scale.fill_(self.recipe.scale(self.structure.rank))
         self.structure.reset_parameters()
+        self.structure.prepare(below.weight)
         self.composition.init_from(below)
+
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """What a file holds of this adapter: its parameters and the structure's persistent buffers."""
+        return {key: t for key, t in self.state_dict(keep_vars=True).items() if key != "scale"}
 
     def dense(self) -> Tensor:
         """s dW, (O, I)."""
@@ -98,8 +104,15 @@ class Adapted(LinearMap):
     def matmul(self, V: Tensor) -> Tensor:
         return self.adapter.composition.matmul(V, *self._parts())
 
+    def rmatmul(self, V: Tensor) -> Tensor:
+        W = self.weight()
+        return W.t() @ V.to(W.dtype)
+
     def row_square(self) -> Tensor:
         return self.adapter.composition.row_square(*self._parts())
+
+    def square_rmatmul(self, v: Tensor) -> Tensor:
+        return square_rmatmul(self.weight(), v)
 
     def key(self) -> tuple[Any, ...] | None:
         below, own = self.below.key(), version(self.adapter.scale, *self.adapter.parameters())
@@ -115,11 +128,25 @@ class Adapted(LinearMap):
     def change(self, x: Any, delta: Structure, dropout: float = 0.0) -> Tensor:
         return self.below.change(x, delta, dropout)
 
+    def plus(self, x: Any, delta: Structure, scale: Tensor, dropout: float = 0.0) -> Tensor:
+        y = self(x)
+        return y + scale.to(y.dtype) * self.change(x, delta, dropout)
+
     def with_weight(self, x: Any, W: Tensor, bias: Tensor | None) -> Tensor:
         return self.below.with_weight(x, W, bias)
 
     def rows(self, v: Tensor) -> Tensor:
         return self.below.rows(v)
+
+
+def square_rmatmul(W: Tensor, v: Tensor) -> Tensor:
+    """(W * W)^T v, (I,), in at least fp32, a few rows at a time: no second W."""
+    t = torch.promote_types(W.dtype, torch.float32)
+    total = torch.zeros(W.shape[1], dtype=t, device=W.device)
+    step = max(1, (1 << 20) // max(1, W.shape[1]))
+    for rows, share in zip(W.split(step), v.to(t).split(step), strict=True):
+        total = total + share @ rows.to(t).square()
+    return total
 
 
 def is_packed(W: Tensor) -> bool:
@@ -170,6 +197,13 @@ class LinearLayout(LinearMap):
         y = self(V.t().contiguous())  # packed: ask the layer itself
         return (y if self.bias is None else y - self.bias).t()
 
+    def rmatmul(self, V: Tensor) -> Tensor:
+        W = self.weight()
+        return W.t() @ V.to(W.dtype)
+
+    def square_rmatmul(self, v: Tensor) -> Tensor:
+        return square_rmatmul(self.weight(), v)
+
     def key(self) -> tuple[Any, ...] | None:
         return version(self.layer.weight)
 
@@ -180,6 +214,12 @@ class LinearLayout(LinearMap):
 
     def change(self, x: Tensor, delta: Structure, dropout: float = 0.0) -> Tensor:
         return replayed_dropout(delta, x, dropout) if dropout else delta(x)
+
+    def plus(self, x: Tensor, delta: Structure, scale: Tensor, dropout: float = 0.0) -> Tensor:
+        if (W := self.plain()) is not None:
+            return delta.linear(x, W, self.bias, scale, dropout)
+        y = self(x)
+        return y + scale.to(y.dtype) * self.change(x, delta, dropout)
 
     def with_weight(self, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, W.to(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -266,6 +306,12 @@ class ConvLayout(LinearLayout):
             h = F.dropout(h, delta.rank_dropout)
         return _CONV[A.dim()](h, B.reshape(*B.shape, *(1,) * len(kernel)), groups=groups)
 
+    def plus(self, x: Tensor, delta: Structure, scale: Tensor, dropout: float = 0.0) -> Tensor:
+        if dropout or isinstance(delta, Factored) or not self.layer.is_plain:
+            return super().plus(x, delta, scale, dropout)
+        W, dW = self.weight(), delta.dense()  # one convolution instead of two
+        return self.with_weight(x, W + scale.to(dW.dtype) * dW, self.bias)
+
     def with_weight(self, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
         W = W.to(x.dtype).view(self.layer.weight.shape)
         return self._convolve(x, W, None if bias is None else bias.to(x.dtype))
@@ -283,6 +329,7 @@ class ConvLayout(LinearLayout):
         return layer.weight.shape[0], layer.weight[0].numel()
 
 
+_PLAIN = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 _CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
@@ -304,19 +351,15 @@ class EmbeddingLayout(LinearLayout):
         return W.t()
 
     def _look_up(self, x: Tensor, table: Tensor) -> Tensor:
-        y = F.embedding(x, table)  # padding_idx would only hide the padding entry's share of the gradient
+        return self._scaled(F.embedding(x, table))  # padding_idx would only hide that entry's share of the gradient
+
+    def _scaled(self, y: Tensor) -> Tensor:
         factor = getattr(self.layer, "embed_scale", None)
         return y if factor is None else y * factor
 
     def change(self, x: Tensor, delta: Structure, dropout: float = 0.0) -> Tensor:
         t = self.layer.weight.dtype
-        if not isinstance(delta, Factored):
-            return self._look_up(x, delta.dense().t().to(t))
-        B, A = delta.factors()
-        h = self._look_up(x, A.t().to(t))
-        if delta.training and delta.rank_dropout:
-            h = F.dropout(h, delta.rank_dropout)
-        return F.linear(h, B.to(t))
+        return self._scaled(delta.columns(x).to(t))
 
     def with_weight(self, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
         return self._look_up(x, W.t().to(self.layer.weight.dtype))
@@ -453,7 +496,7 @@ def _extended_class(base: Any, layout: type[LinearLayout] | None) -> type[Extend
     if layout is None:
         return type(f"Saved{base.__name__}", (SavedModule, base), fields)
     fields["layout"] = layout
-    fields["is_plain"] = base.forward is nn.Linear.forward or (layout is Conv1DLayout and base.__name__ == "Conv1D")
+    fields["is_plain"] = base.forward in _PLAIN or (layout is Conv1DLayout and base.__name__ == "Conv1D")
     return type(f"Adapted{base.__name__}", (Host, base), fields)
 
 

@@ -203,6 +203,13 @@ def initialize(model: nn.Module, name: str = "default") -> None:
             new.load_state_dict(state)
 
 
+@torch.no_grad()
+def prepare(model: nn.Module, name: str) -> None:
+    """Let an adapter's structures fill their own buffers from the weights below, after tensors have been loaded."""
+    for host in hosts(model, name).values():
+        host.addition(name).structure.prepare(host.map(below=name).weight)
+
+
 def activate(model: nn.Module, names: str | Sequence[str]) -> None:
     """Make these adapters, in this order from the base up, the active ones.
 

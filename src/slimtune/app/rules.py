@@ -34,8 +34,9 @@ _TASKS: dict[str, tuple[str, ...]] = {  # a field that only these tasks read
 @cache
 def recipe_names() -> tuple[str, ...]:
     """The names `slimtune.recipes` defines, read from its source: importing it would import torch."""
-    source = (Path(__file__).parent.parent / "recipes.py").read_text(encoding="utf-8")
-    return tuple(re.findall(r"^def ([a-z]\w*)\([^#]*?\) -> Recipe:", source, re.MULTILINE))
+    sources = sorted((Path(__file__).parent.parent / "recipes").glob("*.py"))
+    defined = r"^def ([a-z]\w*)\([^#]*?\) -> Recipe:"
+    return tuple(sorted(n for s in sources for n in re.findall(defined, s.read_text(encoding="utf-8"), re.MULTILINE)))
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

@@ -2,12 +2,14 @@
 
 from .dropout import draw_seed, dropped, keep_probability, replayed_dropout
 from .lowrank import lowrank_linear, row_square_after_update
+from .patched import patched_linear
 
 __all__ = [
     "draw_seed",
     "dropped",
     "keep_probability",
     "lowrank_linear",
+    "patched_linear",
     "replayed_dropout",
     "row_square_after_update",
 ]

@@ -6,10 +6,15 @@ Shapes: O out, I in, R rank, *T batch dims.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..ops import lowrank_linear, patched_linear, replayed_dropout
 
 __all__ = ["Factored", "Structure"]
 
@@ -19,7 +24,8 @@ class Structure(nn.Module, ABC):
     *, <options>, device=None, dtype=None)`.
 
     Parameters are allocated, not filled, by `__init__`; `reset_parameters` makes dW = 0 with gradients that
-    are not all zero.
+    are not all zero. What else a structure knows by heart (frozen factors, permutations) is filled by `prepare`;
+    a persistent buffer of it is saved with the parameters, any other is made again when the adapter is loaded.
     """
 
     fast_parameters: ClassVar[tuple[str, ...]] = ()
@@ -37,6 +43,11 @@ class Structure(nn.Module, ABC):
         """The number R that a scale alpha / R**power divides by; None where rank has no meaning."""
         return None
 
+    @property
+    def work(self) -> float:
+        """What `forward` costs per row of x, in multiply-adds of a GEMM (slower operations count for more)."""
+        return self.out_features * self.in_features
+
     @abstractmethod
     def dense(self) -> Tensor:
         """dW, (O, I): the definition."""
@@ -45,9 +56,68 @@ class Structure(nn.Module, ABC):
         """x dW^T. Override with a faster way of computing the same."""
         return F.linear(x, self.dense().to(x.dtype))
 
+    def columns(self, index: Tensor) -> Tensor:  # (*T) of 0 .. I-1 -> (*T, O)
+        """dW[:, index], the change of an embedding's entries. Override where a column costs less than dW."""
+        return F.embedding(index, self.dense().t())
+
+    def linear(
+        self,
+        x: Tensor,  # (*T, I)
+        W: Tensor,  # (O, I), frozen
+        bias: Tensor | None,  # (O,), frozen
+        scale: Tensor,  # 0-d
+        dropout: float = 0.0,
+    ) -> Tensor:
+        """x W^T + s drop(x) dW^T + bias, (*T, O).
+
+        By default one product with W + s dW when there are rows enough in x to pay for building dW, and two
+        products otherwise. Override with a faster way of computing the same.
+        """
+        if not dropout and self._weight_pays(x.numel() // self.in_features):
+            own = dict(self.named_parameters())
+            if own:  # a replica of DataParallel has none
+                return patched_linear(
+                    x,
+                    W,
+                    bias,
+                    scale,
+                    list(own.values()),
+                    lambda new: self._with(list(own), new, self.dense),
+                    lambda new, x, g: self._with(list(own), new, lambda: self.gradients(x, g)),
+                )
+        y = F.linear(x, W, bias)
+        change = replayed_dropout(self, x, dropout) if dropout else self(x)
+        return y + scale.to(y.dtype) * change
+
+    def exact_factors(self) -> tuple[Tensor, Tensor] | None:
+        """(B, A), (O, R) and (R, I) with dW = B A exactly, at the rank that algebra gives; None where only a dense dW
+        is known. What a conversion to LoRA writes."""
+        return None
+
+    def gradients(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...] | None:  # (T, I), (T, O)
+        """Gradients of sum(g * x dW^T) in the parameters, in their order; None to take them from g^T x.
+
+        Override where they cost less than that (O, I) product.
+        """
+        return None
+
+    def _weight_pays(self, rows: int) -> bool:
+        # building dW twice costs about as much as 32 rows of x; thrice `forward` or one product g^T x
+        size = self.out_features * self.in_features
+        return rows * (3 * self.work - size) > 32 * size
+
+    def _with(self, names: Sequence[str], tensors: Sequence[Tensor], function: Callable[[], Any]) -> Any:
+        """function() while the named parameters are these tensors."""
+        with _swapped(self, dict(zip(names, tensors, strict=True))):
+            return function()
+
     @abstractmethod
     def reset_parameters(self) -> None:
         """Draw the starting values from torch's global generator; afterwards dW = 0."""
+
+    def prepare(self, weight: Callable[[torch.dtype | None], Tensor]) -> None:
+        """Fill own buffers; `weight(dtype)` gives the (O, I) weight below. Called after `reset_parameters` and after
+        parameters have been loaded, on the parameters' device."""
 
     @abstractmethod
     def options(self) -> dict[str, Any]:
@@ -57,12 +127,32 @@ class Structure(nn.Module, ABC):
         return f"{self.out_features} x {self.in_features}"
 
 
+@contextmanager
+def _swapped(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
+    """Within: these tensors are the module's parameters, unless they already are."""
+    homes = []
+    for name, tensor in tensors.items():
+        path, _, key = name.rpartition(".")
+        own: dict[str, Any] = module.get_submodule(path)._parameters
+        if own[key] is not tensor:
+            homes.append((own, key, own[key]))
+            own[key] = tensor
+    try:
+        yield
+    finally:
+        for own, key, before in homes:
+            own[key] = before
+
+
 class Factored(Structure):
     """A structure whose dW = B A is best applied as two thin products."""
 
     @abstractmethod
     def factors(self) -> tuple[Tensor, Tensor]:
         """(B, A): (O, R) and (R, I), differentiable in the parameters."""
+
+    def exact_factors(self) -> tuple[Tensor, Tensor] | None:
+        return self.factors()
 
     def dense(self) -> Tensor:
         B, A = self.factors()
@@ -74,3 +164,15 @@ class Factored(Structure):
         if self.training and self.rank_dropout:
             h = F.dropout(h, self.rank_dropout)
         return F.linear(h, B.to(x.dtype))
+
+    def columns(self, index: Tensor) -> Tensor:
+        B, A = self.factors()
+        h = F.embedding(index, A.t())
+        if self.training and self.rank_dropout:
+            h = F.dropout(h, self.rank_dropout)
+        return F.linear(h, B)
+
+    def linear(self, x: Tensor, W: Tensor, bias: Tensor | None, scale: Tensor, dropout: float = 0.0) -> Tensor:
+        B, A = self.factors()
+        rank_dropout = self.rank_dropout if self.training else 0.0
+        return lowrank_linear(x, W, bias, B, A, scale, None, dropout, rank_dropout)

@@ -1,16 +1,16 @@
-"""Layer 4: published methods, one function each. A recipe names its parts and nothing more."""
+"""Methods whose change is one product of two thin matrices."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
-from .compositions import Magnitude
-from .errors import StructureError
-from .recipe import Recipe
-from .structures import LowRank
+from ..compositions import Magnitude
+from ..errors import StructureError
+from ..recipe import Recipe
+from ..structures import LowRank
 
-__all__ = ["RECIPES", "dora", "lora", "rslora"]
+__all__ = ["dora", "lora", "rslora"]
 
 
 def lora(
@@ -113,6 +113,3 @@ def dora(
 def _check_rank(rank: object, what: str) -> None:
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise StructureError(f"lora: {what} must be a whole number of at least 1, got {rank!r}")
-
-
-RECIPES: dict[str, Callable[..., Recipe]] = {f.__name__: f for f in (dora, lora, rslora)}

@@ -1,0 +1,39 @@
+"""W' = W + dW."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..ops import row_square_after_update
+from ..structures import Factored, Structure
+from .base import Composition, LinearMap
+
+__all__ = ["Additive"]
+
+
+class Additive(Composition):
+    """W' = W + dW."""
+
+    def weight(self, W: Tensor, dW: Tensor) -> Tensor:
+        return W + dW
+
+    def forward(self, x: Any, base: LinearMap, delta: Structure, scale: Tensor, dropout: float) -> Tensor:
+        return base.plus(x, delta, scale, dropout)
+
+    def matmul(self, V: Tensor, base: LinearMap, delta: Structure, scale: Tensor) -> Tensor:
+        y = base.matmul(V)
+        if isinstance(delta, Factored):  # not delta(V): its rank dropout is for data
+            B, A = delta.factors()
+            change = B @ (A @ V.to(A.dtype))
+        else:
+            dW = delta.dense()
+            change = dW @ V.to(dW.dtype)
+        return y + scale.to(y.dtype) * change.to(y.dtype)
+
+    def row_square(self, base: LinearMap, delta: Structure, scale: Tensor) -> Tensor:
+        if not isinstance(delta, Factored):
+            return super().row_square(base, delta, scale)
+        B, A = delta.factors()
+        return row_square_after_update(base.row_square(), base.matmul(A.t()), B, A, scale)
