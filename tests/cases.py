@@ -5,8 +5,9 @@ A new method is one row in METHODS. A row says how to make its recipe at a small
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import pytest
 import torch
@@ -27,6 +28,16 @@ class Method:
     """LoraConfig fields that make PEFT build the same adapter, if PEFT is right."""
     parameters: Callable[[int, int], int] | None = None
     """The paper's count for (O, I)."""
+    refuses: Mapping[str, str] = field(default_factory=dict)
+    """Layers of LAYERS that cannot carry it, with words of the refusal."""
+    rank_dropout: bool = False
+    """The recipe takes `rank_dropout`."""
+    exact: bool = True
+    """False where the gradient is by design not that of the forward (a detached norm)."""
+    kept: Callable[[int, int, int], int] = lambda t, o, i: 2 * t * 3 + 4 * (o + i) * 3 + 8 * o
+    """Numbers an adapter may keep for backward beyond x, for T rows: thin products, casts, vectors."""
+    outputs: int = 0
+    """(T, O) outputs it may keep besides."""
 
 
 METHODS = [
@@ -35,20 +46,25 @@ METHODS = [
         lambda **o: st.lora(rank=3, alpha=4, **o),
         {"r": 3, "lora_alpha": 4},
         lambda o, i: 3 * (o + i),
+        rank_dropout=True,
     ),
     Method(
         "rslora",
         lambda **o: st.rslora(rank=3, alpha=4, **o),
         {"r": 3, "lora_alpha": 4, "use_rslora": True},
         lambda o, i: 3 * (o + i),
+        rank_dropout=True,
     ),
     Method(
         "dora",
         lambda **o: st.dora(rank=3, alpha=4, **o),
         {"r": 3, "lora_alpha": 4, "use_dora": True},
         lambda o, i: 3 * (o + i) + o,
+        rank_dropout=True,
+        exact=False,
+        outputs=1,
     ),
-    Method("dora-exact", lambda **o: st.dora(rank=3, alpha=4, detach=False, **o)),
+    Method("dora-exact", lambda **o: st.dora(rank=3, alpha=4, detach=False, **o), rank_dropout=True, outputs=1),
 ]
 
 
@@ -82,7 +98,12 @@ LAYERS = [
     Layer("embedding-padded", lambda: nn.Embedding(7, 5, padding_idx=0), lambda t: torch.randint(0, 7, (2, 4))),
 ]
 
+LORA, DORA, DORA_EXACT = (next(m for m in METHODS if m.id == name) for name in ("lora", "dora", "dora-exact"))
 methods = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.id)
+kinds = pytest.mark.parametrize(
+    "layer", [x for x in LAYERS if x.id in ("linear", "conv1d-hf", "conv2d", "embedding")], ids=lambda m: m.id
+)
+"""One layer of each kind, where a test is dear."""
 layers = pytest.mark.parametrize("layer", LAYERS, ids=lambda m: m.id)
 
 
@@ -118,6 +139,12 @@ class Chain(nn.Module):
         return self.classifier(x)
 
     targets = ("embed", "up", "down", "hf", "conv")
+    sources: ClassVar = {"embed": "embedding", "conv": "conv2d"}
+
+    @classmethod
+    def targets_of(cls, method: Method) -> list[str]:
+        """The layers of this model that a method takes."""
+        return [t for t in cls.targets if cls.sources.get(t, "linear") not in method.refuses]
 
     @staticmethod
     def ids() -> Tensor:
@@ -132,9 +159,16 @@ def shake(model: nn.Module, amount: float = 0.3) -> None:
 
 
 def adapted(method: Method, layer: Layer, dtype: torch.dtype = torch.float64, **options: float) -> tuple[One, Tensor]:
-    """A shaken one-layer model in eval mode, and an input that wants a gradient where it can."""
+    """A shaken one-layer model in eval mode, and an input that wants a gradient where it can.
+
+    Where the method refuses the layer, the refusal is checked and the test is skipped.
+    """
     torch.manual_seed(0)
     model = One(layer.make().to(dtype)).eval()
+    if layer.id in method.refuses:
+        with pytest.raises(st.SlimtuneError, match=method.refuses[layer.id]):
+            st.adapt(model, method.recipe(**options), ["layer"])
+        pytest.skip(f"{method.id} refuses {layer.id}: {method.refuses[layer.id]}")
     st.adapt(model, method.recipe(**options), ["layer"])
     shake(model)
     x = layer.inputs(dtype)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import slimtune as st
-from cases import METHODS, Chain, adapted, dense_forward, layers, methods, shake, tiny_llama
+from cases import DORA, LORA, Chain, adapted, dense_forward, kinds, methods, shake, tiny_llama
 
 
 class Counter:
@@ -26,7 +26,7 @@ def _fresh():
 
 
 @methods
-@layers
+@kinds
 def test_every_layer_is_one_graph(method, layer):
     model, x = adapted(method, layer)
     y = dense_forward(model.layer, x)
@@ -38,7 +38,7 @@ def test_every_layer_is_one_graph(method, layer):
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_model_is_one_graph_and_changes_do_not_recompile(method, dropout):
     model = Chain().train()
-    st.adapt(model, method.recipe(dropout=dropout), Chain.targets, modules_to_save=["classifier"])
+    st.adapt(model, method.recipe(dropout=dropout), Chain.targets_of(method), modules_to_save=["classifier"])
     shake(model)
     counter = Counter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
@@ -46,7 +46,7 @@ def test_model_is_one_graph_and_changes_do_not_recompile(method, dropout):
     for _ in range(3):
         compiled(Chain.ids()).sum().backward()
         optimizer.step()
-        for host in ("up", "down"):
+        for host in {"up", "down"} & set(Chain.targets_of(method)):
             model.get_submodule(host).adapters["default"].scale.mul_(0.9)
     assert counter.graphs == 1
     if not dropout:
@@ -67,7 +67,7 @@ def test_equal_layers_share_their_code():
     assert counter.graphs == 2  # the second because from then on x wants a gradient
 
 
-@pytest.mark.parametrize("method", [METHODS[0], METHODS[2]], ids=lambda m: m.id)
+@pytest.mark.parametrize("method", [LORA, DORA], ids=lambda m: m.id)
 def test_gradients_through_the_compiler(method):
     """AOT autograd differentiates what the compiler sees as the eager kernels do."""
     model = tiny_llama()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import slimtune as st
-from cases import LAYERS, METHODS, Chain, adapted, methods, shake
+from cases import DORA_EXACT, LAYERS, LORA, Chain, adapted, methods, shake
 
 
 def mlp(bias=True, dtype=torch.float64):
@@ -49,7 +49,7 @@ def test_an_adapter_left_on_meta_does_not_compute(method, tmp_path):
         st.load(mlp().to("meta"), tmp_path)
 
 
-@pytest.mark.parametrize("method", [METHODS[0], METHODS[3]], ids=lambda m: m.id)
+@pytest.mark.parametrize("method", [LORA, DORA_EXACT], ids=lambda m: m.id)
 @pytest.mark.parametrize("bias", [True, False])
 def test_second_derivatives(method, bias):
     model = mlp(bias)
@@ -97,7 +97,7 @@ def test_layers_that_are_not_affine_are_not_merged():
 @methods
 def test_merged_shows_saved_modules_too(method):
     model = Chain(torch.float64)
-    st.adapt(model, method.recipe(), Chain.targets, modules_to_save=["classifier"])
+    st.adapt(model, method.recipe(), Chain.targets_of(method), modules_to_save=["classifier"])
     shake(model)
     plain, ids = Chain(torch.float64), Chain.ids()
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -211,7 +211,7 @@ def test_changes_inside_a_context():
 
 
 def test_keyword_input_and_fp64_under_autocast():
-    model, x = adapted(METHODS[0], LAYERS[0])
+    model, x = adapted(LORA, LAYERS[0])
     torch.testing.assert_close(model.layer(input=x), model(x))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert model(x).dtype == torch.float64

@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 import slimtune as st
-from cases import METHODS, Chain, adapted, layers, methods, shake, tiny_llama
+from cases import DORA, DORA_EXACT, LORA, METHODS, Chain, adapted, layers, methods, shake, tiny_llama
 
 
 def chain(method, dtype=torch.float64, **options):
     torch.manual_seed(0)
     model = Chain(dtype).eval()
     before = copy.deepcopy(model)
-    st.adapt(model, method.recipe(**options), Chain.targets, modules_to_save=["classifier"])
+    st.adapt(model, method.recipe(**options), Chain.targets_of(method), modules_to_save=["classifier"])
     return model, before, Chain.ids()
 
 
@@ -61,7 +61,7 @@ def test_merged_equals_unmerged_on_every_layer(method, layer):
 def test_merge_reports_what_the_cast_lost(method, dtype, bound):
     model, before, ids = chain(method, dtype)
     shake(model, 0.1)
-    weights = {n: before.get_submodule(n).weight.double() for n in Chain.targets}
+    weights = {n: before.get_submodule(n).weight.double() for n in Chain.targets_of(method)}
     exact = copy.deepcopy(model).double()
     st.merge(exact)
     lost, changed = 0.0, 0.0
@@ -95,12 +95,14 @@ def test_disabled_and_remove_give_the_base_back(method):
     assert list(model.state_dict()) == list(before.state_dict())
 
 
-@pytest.mark.parametrize("first", METHODS, ids=lambda m: m.id)
-@pytest.mark.parametrize("second", METHODS, ids=lambda m: m.id)
+PAIRS = [*((m, o) for m in METHODS for o in (LORA, DORA)), *((o, m) for m in METHODS for o in (LORA, DORA_EXACT))]
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS, ids=lambda m: m.id)
 def test_stacks_are_compositions(first, second):
     """adapter2(adapter1(W)), forward equal to the merged weights, in either order, dropout or not."""
     model, before, ids = chain(first)
-    st.adapt(model, second.recipe(), Chain.targets, name="second")
+    st.adapt(model, second.recipe(), Chain.targets_of(second), name="second")
     shake(model)
     st.activate(model, "default")
     with torch.no_grad():
@@ -124,7 +126,7 @@ def test_stacks_are_compositions(first, second):
 
 
 def test_additive_stack_is_the_sum_in_any_order():
-    model, _before, ids = chain(METHODS[0])
+    model, _before, ids = chain(LORA)
     st.adapt(model, st.lora(rank=2), Chain.targets, name="b")
     shake(model)
     st.activate(model, ["default", "b"])
@@ -134,7 +136,7 @@ def test_additive_stack_is_the_sum_in_any_order():
 
 
 def test_second_adapter_freezes_the_first():
-    model, _, _ = chain(METHODS[0])
+    model, _, _ = chain(LORA)
     st.adapt(model, st.lora(rank=2), ["up"], name="b")
     assert all(".b." in n for n, _ in st.trainable_parameters(model))
 
@@ -164,7 +166,7 @@ def test_state_dict_round_trip(method):
 
 
 def test_saved_module_is_a_private_copy():
-    model, before, ids = chain(METHODS[0])
+    model, before, ids = chain(LORA)
     shake(model)
     assert torch.equal(model.classifier.weight, before.classifier.weight)
     y = model(ids)
@@ -193,7 +195,7 @@ def test_tied_weights(method):
 
 
 def test_merge_refuses_and_changes_nothing():
-    model, before, _ids = chain(METHODS[0], torch.float32)
+    model, before, _ids = chain(LORA, torch.float32)
     with pytest.raises(st.AdapterNameError, match="no adapter"):
         st.merge(before)
     st.activate(model, [])
@@ -220,7 +222,7 @@ def test_meta_model_then_real_weights(method):
     real = Chain(torch.float32).eval()
     with torch.device("meta"):
         model = Chain().eval()
-    st.adapt(model, method.recipe(), Chain.targets, modules_to_save=["classifier"])
+    st.adapt(model, method.recipe(), Chain.targets_of(method), modules_to_save=["classifier"])
     assert all(p.is_meta for p in model.parameters())
     for name, module in real.named_modules():
         for key, p in module.named_parameters(recurse=False):
@@ -245,7 +247,7 @@ def test_meta_adapter_refuses_to_merge_or_save(tmp_path):
 
 
 def test_summary_counts():
-    model, before, _ = chain(METHODS[0])
+    model, before, _ = chain(LORA)
     s = st.summary(model)
     assert s.trainable == sum(r.parameters for r in s.rows) == sum(p.numel() for _, p in st.trainable_parameters(model))
     assert s.total == s.trainable + sum(p.numel() for p in before.parameters())
@@ -254,7 +256,7 @@ def test_summary_counts():
 
 
 def test_param_groups():
-    model, _, _ = chain(METHODS[2])
+    model, _, _ = chain(DORA)
     groups = {g["name"]: g for g in st.param_groups(model, lr=0.1, b_ratio=16, weight_decay=0.01)}
     up = model.up.adapters["default"]
     assert any(p is up.structure.B for p in groups["fast"]["params"]) and groups["fast"]["lr"] == pytest.approx(1.6)
@@ -283,7 +285,7 @@ class Recorder(st.Controller):
 
 
 def test_controller_counts_optimizer_steps_and_edits_gradients():
-    model, _, ids = chain(METHODS[0])
+    model, _, ids = chain(LORA)
     optimizer = torch.optim.SGD(st.param_groups(model, lr=1.0))
     recorder = Recorder()
     handle = st.attach(recorder, model, optimizer)

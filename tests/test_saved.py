@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import slimtune as st
-from cases import METHODS, Chain, adapted, layers, methods, shake
+from cases import DORA, LORA, Chain, adapted, layers, methods, shake
 
 
 def saved_chain(method, folder, dtype=torch.float32):
     torch.manual_seed(0)
     base = Chain(dtype).eval()
     model = copy.deepcopy(base)
-    st.adapt(model, method.recipe(), Chain.targets, modules_to_save=["classifier"])
+    st.adapt(model, method.recipe(), Chain.targets_of(method), modules_to_save=["classifier"])
     shake(model)
     st.save(model, folder)
     return model, base, Chain.ids()
@@ -71,7 +71,7 @@ def test_patterns_survive(tmp_path):
 
 
 def test_bf16_base_keeps_fp32_adapters(tmp_path):
-    model, base, ids = saved_chain(METHODS[2], tmp_path, torch.bfloat16)
+    model, base, ids = saved_chain(DORA, tmp_path, torch.bfloat16)
     assert all(
         t.dtype == torch.float32 for k, t in load_file(tmp_path / "adapter_model.safetensors").items() if "lora" in k
     )
@@ -80,7 +80,7 @@ def test_bf16_base_keeps_fp32_adapters(tmp_path):
 
 
 def test_saving_again_replaces_and_leaves_other_files(tmp_path):
-    model, base, ids = saved_chain(METHODS[0], tmp_path)
+    model, base, ids = saved_chain(LORA, tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
     shake(model)
     st.save(model, tmp_path)
@@ -90,7 +90,7 @@ def test_saving_again_replaces_and_leaves_other_files(tmp_path):
 
 
 def test_another_base_warns(tmp_path):
-    _model, base, _ = saved_chain(METHODS[0], tmp_path)
+    _model, base, _ = saved_chain(LORA, tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         st.load(copy.deepcopy(base), tmp_path)
@@ -118,7 +118,7 @@ def refuse(base, folder, match):
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "delete"])
 def test_damage_is_named(tmp_path, file, damage):
-    _, base, _ = saved_chain(METHODS[0], tmp_path)
+    _, base, _ = saved_chain(LORA, tmp_path)
     path = tmp_path / file
     data = bytearray(path.read_bytes())
     if damage == "flip":
@@ -162,7 +162,7 @@ UP_A = "base_model.model.up.lora_A.weight"
     ],
 )
 def test_wrong_tensors_are_named(tmp_path, edit, match):
-    _, base, _ = saved_chain(METHODS[0], tmp_path)
+    _, base, _ = saved_chain(LORA, tmp_path)
     rewrite(tmp_path, edit_tensors=edit)
     refuse(base, tmp_path, match)
 
@@ -186,7 +186,7 @@ def test_wrong_tensors_are_named(tmp_path, edit, match):
     ],
 )
 def test_wrong_configs_are_named(tmp_path, edit, match):
-    _, base, _ = saved_chain(METHODS[0], tmp_path)
+    _, base, _ = saved_chain(LORA, tmp_path)
     rewrite(tmp_path, edit_config=edit)
     refuse(base, tmp_path, match)
 
@@ -203,12 +203,12 @@ def test_wrong_configs_are_named(tmp_path, edit, match):
     ],
 )
 def test_hostile_json(tmp_path, text, match):
-    _, base, _ = saved_chain(METHODS[0], tmp_path)
+    _, base, _ = saved_chain(LORA, tmp_path)
     (tmp_path / "slimtune.json").unlink()
     (tmp_path / "adapter_config.json").write_bytes(text)
     refuse(base, tmp_path, match)
     if match != "'r' comes twice" and b"r" not in text:
-        saved_chain(METHODS[0], tmp_path)
+        saved_chain(LORA, tmp_path)
         (tmp_path / "slimtune.json").write_bytes(text)
         refuse(base, tmp_path, "slimtune.json")
 
@@ -266,7 +266,7 @@ def test_hostile_own_format(tmp_path):
 
 
 def test_not_files(tmp_path):
-    _, base, _ = saved_chain(METHODS[0], tmp_path)
+    _, base, _ = saved_chain(LORA, tmp_path)
     with pytest.raises(st.FileFormatError, match="no such folder"):
         st.load(base, tmp_path / "nope")
     with pytest.raises(st.FileFormatError, match="no such folder"):
@@ -284,7 +284,7 @@ def test_not_files(tmp_path):
 
 @pytest.mark.parametrize("name", ["a/b", "../a", "/tmp/a", "", "a.b", "keys", "a" * 65, None, "a\0"])
 def test_adapter_names(name, tmp_path):
-    model, base, _ = saved_chain(METHODS[0], tmp_path)
+    model, base, _ = saved_chain(LORA, tmp_path)
     with pytest.raises(st.AdapterNameError, match="adapter name"):
         st.load(base, tmp_path, name)
     with pytest.raises(st.AdapterNameError, match="adapter name"):
@@ -297,7 +297,7 @@ def test_adapter_names(name, tmp_path):
 
 
 def test_nan_is_not_saved(tmp_path):
-    model, _, _ = saved_chain(METHODS[0], tmp_path)
+    model, _, _ = saved_chain(LORA, tmp_path)
     before = (tmp_path / "adapter_model.safetensors").read_bytes()
     with torch.no_grad():
         model.up.adapters["default"].structure.A[0, 0] = float("inf")
@@ -312,13 +312,13 @@ KILLED_SAVE = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
 import torch
-from cases import METHODS, Chain, shake
+from cases import DORA, LORA, METHODS, Chain, shake
 import slimtune as st
 
 folder, deadline = sys.argv[1], int(sys.argv[2])
 torch.manual_seed(0)
 model = Chain()
-st.adapt(model, METHODS[0].recipe(), Chain.targets)
+st.adapt(model, LORA.recipe(), Chain.targets)
 shake(model)
 calls = 0
 
@@ -344,7 +344,7 @@ def test_kill_during_save_leaves_the_old_or_the_new(tmp_path):
     torch.manual_seed(0)
     base = Chain()
     new = copy.deepcopy(base)
-    st.adapt(new, METHODS[0].recipe(), Chain.targets)
+    st.adapt(new, LORA.recipe(), Chain.targets)
     shake(new)
     old = copy.deepcopy(base)
     st.adapt(old, st.dora(rank=2), Chain.targets)
@@ -371,7 +371,7 @@ def test_kill_during_save_leaves_the_old_or_the_new(tmp_path):
 
 
 def test_full_disk_and_read_only(tmp_path, monkeypatch):
-    model, base, ids = saved_chain(METHODS[0], tmp_path)
+    model, base, ids = saved_chain(LORA, tmp_path)
     y = model(ids)
     shake(model)
     real = os.fsync
