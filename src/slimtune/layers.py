@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .compositions import LinearMap
 from .compositions.base import version
 from .errors import TargetError, UninitializedError
-from .ops import replayed_dropout
+from .ops import replayed_dropout, square_rmatmul
 from .recipe import Recipe
 from .structures import Factored, Structure
 
@@ -137,16 +137,6 @@ class Adapted(LinearMap):
 
     def rows(self, v: Tensor) -> Tensor:
         return self.below.rows(v)
-
-
-def square_rmatmul(W: Tensor, v: Tensor) -> Tensor:
-    """(W * W)^T v, (I,), in at least fp32, a few rows at a time: no second W."""
-    t = torch.promote_types(W.dtype, torch.float32)
-    total = torch.zeros(W.shape[1], dtype=t, device=W.device)
-    step = max(1, (1 << 20) // max(1, W.shape[1]))
-    for rows, share in zip(W.split(step), v.to(t).split(step), strict=True):
-        total = total + share @ rows.to(t).square()
-    return total
 
 
 def is_packed(W: Tensor) -> bool:

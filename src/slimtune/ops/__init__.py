@@ -3,8 +3,10 @@
 from .dropout import draw_seed, dropped, keep_probability, replayed_dropout
 from .lowrank import lowrank_linear, row_square_after_update
 from .patched import patched_linear
+from .squares import column_square_after_update, square_rmatmul
 
 __all__ = [
+    "column_square_after_update",
     "draw_seed",
     "dropped",
     "keep_probability",
@@ -12,4 +14,5 @@ __all__ = [
     "patched_linear",
     "replayed_dropout",
     "row_square_after_update",
+    "square_rmatmul",
 ]
