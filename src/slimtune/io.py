@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,12 @@ from .targets import check_free, hosts, own_modules, require_adapter, saved_modu
 from .verbs import attach_adapters, build_adapter, prepare
 
 __all__ = [
+    "MARK",
+    "PREFIX",
     "Description",
     "LayerEntry",
     "check_files",
+    "check_tensors",
     "describe",
     "fingerprint",
     "install",
@@ -56,7 +59,12 @@ __all__ = [
 ]
 
 
-def _check_keys(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor], path: Path | str) -> None:
+PREFIX, MARK = "base_model.model.", "adapters"
+"""A tensor of a layer's adapter is called `base_model.model.<layer>.adapters.<its name in the adapter>` in a file."""
+
+
+def check_tensors(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor], path: Path | str) -> None:
+    """Raise FileFormatError unless tensors have exactly the expected keys and shapes."""
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or extra:
         parts = [f"{len(k)} {w} (first: {k[0]})" for k, w in ((missing, "missing"), (extra, "unexpected")) if k]
@@ -181,6 +189,53 @@ def own_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     return {k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
 
 
+def _split(key: str, names: Container[str]) -> tuple[str, str]:
+    """(the module of `names` that a key belongs to, the rest of the key); ("", key) if there is none."""
+    end = key.find(".")
+    while end > 0 and key[:end] not in names:
+        end = key.find(".", end + 1)
+    return (key[:end], key[end + 1 :]) if end > 0 else ("", key)
+
+
+def to_file(description: Description, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under slimtune's own keys as a file holds them: as PEFT writes them for `slimtune.hf.SlimtuneConfig`."""
+    stored = {}
+    for key, t in tensors.items():
+        layer, rest = _split(key, description.layers)
+        if layer:
+            stored[f"{PREFIX}{layer}.{MARK}.{rest}"] = t
+            if t.is_floating_point():
+                stored[f"{PREFIX}{layer}.{MARK}.scale"] = torch.tensor(description.layers[layer].scale, dtype=t.dtype)
+        else:
+            module, rest = _split(key, description.saved)
+            stored[f"{PREFIX}{module}.{rest.removeprefix('saved.')}"] = t
+    return stored
+
+
+def from_file(
+    description: Description, stored: Mapping[str, Tensor], path: Path | str
+) -> tuple[Description, dict[str, Tensor]]:
+    """The inverse of `to_file`; the scales in the file replace those of the description."""
+    layers, tensors = dict(description.layers), {}
+    for key, t in stored.items():
+        bare = key.removeprefix(PREFIX)
+        layer, rest = _split(bare, layers)
+        module, whole = _split(bare, description.saved)
+        if bare == key:  # written by slimtune 0.1
+            tensors[key] = t
+        elif layer and rest == f"{MARK}.scale":
+            if t.numel() != 1:
+                raise FileFormatError(f"{path}: {key} has shape {tuple(t.shape)}, expected ()")
+            layers[layer] = LayerEntry(layers[layer].recipe, float(t))
+        elif layer and rest.startswith(f"{MARK}."):
+            tensors[f"{layer}.{rest.removeprefix(MARK + '.')}"] = t
+        elif module:
+            tensors[f"{module}.saved.{whole}"] = t
+        else:
+            raise FileFormatError(f"{path}: unexpected tensor {key}")
+    return Description(description.recipe, layers, description.saved), tensors
+
+
 def install(
     model: nn.Module, description: Description, tensors: Mapping[str, Tensor], name: str, path: Path | str
 ) -> list[str]:
@@ -216,7 +271,7 @@ def install(
         state = module.base_state() if isinstance(module, Extended) else module.state_dict()
         for key, t in state.items():
             expected[f"{layer}.saved.{key}"] = tuple(t.shape)
-    _check_keys(expected, tensors, path)
+    check_tensors(expected, tensors, path)
     for layer, adapter in built.items():
         host: Any = modules[layer]
         adapter.to_empty(device=host.weight.device)
@@ -263,8 +318,8 @@ import slimtune as st
 st.load(model, "path/to/this/folder")  # `model` is the base model
 ```
 """
-    if peft:
-        body += '\nPEFT reads this folder as well: `peft.PeftModel.from_pretrained(model, "path/to/this/folder")`.\n'
+    body += '\nPEFT reads this folder as well: `peft.PeftModel.from_pretrained(model, "path/to/this/folder")`'
+    body += ".\n" if peft else ",\nafter `from slimtune.hf import SlimtuneConfig`.\n"
     return ("\n".join(head) + "\n" + body).encode()
 
 
@@ -296,8 +351,16 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
     base = base or _base_name(model)
     peft = peft_format.encode(model, description, tensors, base)
     config, stored = peft or (
-        {"peft_type": "SLIMTUNE", "base_model_name_or_path": base, "slimtune": description.to_dict()},
-        tensors,
+        {
+            "peft_type": "SLIMTUNE",
+            "task_type": None,
+            "base_model_name_or_path": base,
+            "inference_mode": True,
+            "target_modules": peft_format.literal_targets(model, list(description.layers)),
+            "modules_to_save": description.saved or None,
+            "slimtune": description.to_dict(),
+        },
+        to_file(description, tensors),
     )
     manifest = {
         "format": FORMAT,
@@ -341,6 +404,8 @@ def read_description(
     description = Description.from_dict(own, folder / (CONFIG if manifest is None else MANIFEST))
     if manifest is not None and manifest.get("keys") == "peft":
         tensors = peft_format.decode_tensors(description, tensors, folder / TENSORS)
+    else:
+        description, tensors = from_file(description, tensors, folder / TENSORS)
     return description, tensors, manifest
 
 

@@ -14,7 +14,7 @@ from .errors import AdapterNameError, SlimtuneError, TargetError, UninitializedE
 from .layers import Host, SavedModule, is_packed, restore
 from .targets import adapter_names, extended, hosts, own_modules, reactivate, saved_modules, unwrapped
 
-__all__ = ["LayerError", "MergeReport", "merge", "merged"]
+__all__ = ["LayerError", "MergeReport", "check_mergeable", "merge", "merged"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class MergeReport:
         return text + (f"; untied: {', '.join(self.untied)}" if self.untied else "")
 
 
-def _check_mergeable(name: str, host: Host) -> None:
+def check_mergeable(name: str, host: Host) -> None:
     stored = host.weight
     if is_packed(stored) or type(stored.data) is not Tensor:
         what = f"{type(stored.data).__name__}, {stored.dtype}"
@@ -97,7 +97,7 @@ def merged(model: nn.Module) -> Iterator[MergeReport]:
     before = [(m, m.active_adapters) for _, m in extended(model)]
     try:
         for name, host in _active_hosts(model).items():
-            _check_mergeable(name, host)
+            check_mergeable(name, host)
             new, error = _merged_weight(name, host)
             report.layers.append(error)
             tensors.append((host, "weight", host.weight))
@@ -141,7 +141,7 @@ def merge(model: nn.Module) -> MergeReport:
         )
     report, changed = MergeReport(), _active_hosts(model)
     for name, host in changed.items():
-        _check_mergeable(name, host)
+        check_mergeable(name, host)
         for key, tensor in host.adapters.state_dict().items():
             if not tensor.isfinite().all():
                 raise SlimtuneError(f"merge: {name}.adapters.{key} is not finite; nothing was merged")

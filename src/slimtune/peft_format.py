@@ -22,7 +22,7 @@ from .layers import Conv1DLayout, ConvLayout, EmbeddingLayout, layout_of, own_cl
 from .recipe import Recipe
 from .structures import LowRank
 
-__all__ = ["decode", "decode_tensors", "encode", "export_peft", "import_peft"]
+__all__ = ["decode", "decode_tensors", "encode", "export_peft", "import_peft", "literal_targets"]
 
 PREFIX = "base_model.model."
 
@@ -95,7 +95,7 @@ def encode(
         "fan_in_fan_out": all(_layout(m) is Conv1DLayout for m in modules.values()),
         "rank_pattern": _pattern(ranks, rank),
         "alpha_pattern": _pattern(alphas, alpha),
-        "target_modules": _targets(model, list(modules)),
+        "target_modules": literal_targets(model, list(modules)),
         "modules_to_save": description.saved or None,
         "init_lora_weights": True,
     }
@@ -136,7 +136,7 @@ def _suffix_hits(suffix: str, names: list[str]) -> list[str]:
     return [n for n in names if n == suffix or n.endswith(f".{suffix}")]
 
 
-def _targets(model: nn.Module, names: list[str]) -> list[str] | str:
+def literal_targets(model: nn.Module, names: list[str]) -> list[str] | str:
     """Full names; PEFT takes them as suffixes, so a regular expression where a suffix would catch more."""
     everything = [n for n, _ in model.named_modules() if ".adapters" not in n and not n.startswith("adapters")]
     if all(set(_suffix_hits(n, everything)) <= set(names) for n in names):
