@@ -119,7 +119,10 @@ class TrainConfig(BaseModel):
         None, gt=0, description="Peak learning rate. Default: the recipe's own; 5e-5 for full, 1e-3 for head."
     )
     head_learning_rate: float | None = Field(
-        None, gt=0, description="Learning rate of modules_to_save. Default: learning_rate."
+        None,
+        gt=0,
+        description="Learning rate of modules_to_save. Default: learning_rate where it is set, else 1e-3 "
+        "whatever rate the recipe wants for the adapter.",
     )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay; never on biases, norms or magnitudes.")
     num_train_epochs: float = Field(3.0, gt=0, description="Passes over the training data.")

@@ -149,9 +149,11 @@ def trained_rows(model: nn.Module, method: Method) -> list[dict[str, Any]]:
 
 def make_groups(cfg: TrainConfig, model: nn.Module, method: Method, head: Sequence[str]) -> list[dict[str, Any]]:
     """Optimizer groups: those of `st.param_groups`, with the head's parameters split off at their own rate."""
-    rate = method.learning_rate
-    made = st.param_groups(model, lr=rate, b_ratio=cfg.b_ratio, weight_decay=cfg.weight_decay)
-    if cfg.head_learning_rate is None:
+    made = st.param_groups(model, lr=method.learning_rate, b_ratio=cfg.b_ratio, weight_decay=cfg.weight_decay)
+    rate = cfg.head_learning_rate
+    if rate is None and cfg.learning_rate is None and method.recipe is not None and method.whole:
+        rate = RATES["head"]
+    if rate is None:
         return made
     names = head if method.whole == [""] else method.whole
     own = {id(p) for name, p in model.named_parameters() if p.requires_grad and inside(name, names)}
@@ -159,7 +161,7 @@ def make_groups(cfg: TrainConfig, model: nn.Module, method: Method, head: Sequen
         raise ConfigError("head_learning_rate: no module is trained in full, so nothing would use it")
     split = []
     for group in made:
-        for is_head, lr in ((False, group["lr"]), (True, cfg.head_learning_rate)):
+        for is_head, lr in ((False, group["lr"]), (True, rate)):
             params = [p for p in group["params"] if (id(p) in own) == is_head]
             if params:
                 split.append({**group, "params": params, "lr": lr})
