@@ -74,6 +74,12 @@ CASES: dict[str, Case] = {
         {"step": {"fp32": 1.22, "bf16": 1.30}, "saved": {"fp32": 190, "bf16": 105}},
         "Ours drops the input of the change only; PEFT rescales a second base product of the dropped input.",
     ),
+    "bora": Case(
+        lambda st: st.bora(rank=16, alpha=32),
+        None,
+        {"step": {"fp32": 1.30, "bf16": 1.30}, "saved": {"fp32": 191, "bf16": 106}},
+        "Magnitudes of rows and columns; PEFT has no such method.",
+    ),
     "rslora": Case(
         lambda st: st.rslora(rank=16, alpha=32),
         _peft_lora(use_rslora=True),

@@ -65,6 +65,31 @@ METHODS = [
         outputs=1,
     ),
     Method("dora-exact", lambda **o: st.dora(rank=3, alpha=4, detach=False, **o), rank_dropout=True, outputs=1),
+    Method(
+        "dora-column",
+        lambda **o: st.dora(rank=3, alpha=4, axis="column", detach=False, **o),
+        None,
+        lambda o, i: 3 * (o + i) + i,
+        rank_dropout=True,
+        kept=lambda t, o, i: 2 * t * 3 + 4 * (o + i) * 3 + 8 * (o + i),
+    ),
+    Method(
+        "bora",
+        lambda **o: st.bora(rank=3, alpha=4, **o),
+        None,
+        lambda o, i: 3 * (o + i) + o + i,
+        rank_dropout=True,
+        exact=False,
+        kept=lambda t, o, i: 2 * t * 3 + 4 * (o + i) * 3 + 8 * (o + i),
+        outputs=1,
+    ),
+    Method(
+        "bora-exact",
+        lambda **o: st.bora(rank=3, alpha=4, detach=False, **o),
+        rank_dropout=True,
+        kept=lambda t, o, i: 2 * t * 3 + 8 * (o + i) * 3 + 16 * (o + i),
+        outputs=1,
+    ),
 ]
 
 

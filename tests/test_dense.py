@@ -69,12 +69,13 @@ def test_dropout_touches_only_the_branch_of_the_change(method, layer, p):
     base, adapter = host.layout(host), host.adapters["default"]
     z = dropped(x, p, draw_seed()) / keep_probability(p)
     change = adapter.scale * adapter.structure.dense()
-    if isinstance(adapter.composition, st.Magnitude):
+    if isinstance(adapter.composition, (st.Magnitude, st.ColumnMagnitude, st.BiMagnitude)):
+        # W' is d e^T times W + dW, entry by entry: only dW sees the dropped input, and d e^T is that of the whole
         W = host.layout(host).weight()
-        norm = torch.linalg.vector_norm(W + change, dim=1)
-        d = adapter.composition.magnitude / (norm if method.exact else norm.detach())
-        linear = base.with_weight(x, W, None) + base.with_weight(z, change, None)
-        slow = linear * base.rows(d) + (0 if base.bias is None else base.rows(base.bias))
+        factor = adapter.composition.weight(W, change) / (W + change)
+        if not method.exact:  # W' / V holds the norms alone constant, and so its gradient in V must go
+            factor = adapter.composition.weight(W, change.detach()) / (W + change.detach())
+        slow = base.with_weight(x, factor * W, base.bias) + base.with_weight(z, factor * change, None)
     else:  # the whole of what the adapter changes sees the dropped input
         slow = base(x) + base.with_weight(z, host.map().weight() - base.weight(), None)
     torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-12)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import types
+import warnings
 from typing import Any
 
 import torch
@@ -54,13 +55,14 @@ class Adapter(nn.Module):
         self.composition = recipe.composition(**recipe.composition_options)
         self.composition.build(out_features, in_features, **kwargs)
         self.dropout = recipe.dropout
-        scale = recipe.scale(self.structure.rank)
+        self.awaited: set[str] = set()  # controllers of the recipe that nobody has attached yet
+        scale = recipe.start_scale * recipe.scale(self.structure.rank)
         self.register_buffer("scale", torch.tensor(scale, dtype=kwargs.get("dtype"), device=kwargs.get("device")))
 
     @torch.no_grad()
     def initialize(self, below: LinearMap) -> None:
         """Draw the structure's starting values and read the composition's from the map below."""
-        self.scale.fill_(self.recipe.scale(self.structure.rank))
+        self.scale.fill_(self.recipe.start_scale * self.recipe.scale(self.structure.rank))
         self.structure.reset_parameters()
         self.structure.prepare(below.weight)
         self.composition.init_from(below)
@@ -77,6 +79,22 @@ class Adapter(nn.Module):
         return f"{self.recipe.name}, scale {'meta' if self.scale.is_meta else round(self.scale.item(), 6)}"
 
 
+def _tell(adapter: Adapter) -> None:
+    _warn_unattended(adapter.recipe.name, ", ".join(sorted(adapter.awaited)))
+    if not torch.compiler.is_compiling():
+        adapter.awaited.clear()  # shared by all layers: told once
+
+
+@torch.compiler.assume_constant_result  # speaks while the compiler traces, and breaks no graph
+def _warn_unattended(method: str, controllers: str) -> None:
+    warnings.warn(
+        f"{method} is trained without {controllers}, which it needs. Connect it to the optimizer: for c in "
+        "st.controllers_of(recipe, total_steps): st.attach(c, model, optimizer)",
+        UserWarning,
+        stacklevel=2,
+    )
+
+
 class Adapted(LinearMap):
     """The map that an adapter makes of the map below it."""
 
@@ -89,6 +107,8 @@ class Adapted(LinearMap):
         scale: Tensor = self.adapter._buffers["scale"]  # type: ignore[assignment]
         if scale.is_meta and not x.is_meta:
             raise UninitializedError("an adapter is still on the meta device; load weights, then call initialize")
+        if self.adapter.awaited and self.training and torch.is_grad_enabled():
+            _tell(self.adapter)
         modules = self.adapter._modules
         dropout = self.adapter.dropout if self.training else 0.0
         return modules["composition"].forward(  # type: ignore[union-attr]
@@ -128,8 +148,18 @@ class Adapted(LinearMap):
     def change(self, x: Any, delta: Structure, dropout: float = 0.0) -> Tensor:
         return self.below.change(x, delta, dropout)
 
-    def plus(self, x: Any, delta: Structure, scale: Tensor, dropout: float = 0.0) -> Tensor:
-        y = self(x)
+    def plus(
+        self,
+        x: Any,
+        delta: Structure,
+        scale: Tensor,
+        dropout: float = 0.0,
+        columns: Tensor | None = None,
+        of: LinearMap | None = None,
+    ) -> Tensor:
+        if columns is not None:  # only the layer itself knows what its columns meet
+            return self.below.plus(x, delta, scale, dropout, columns, of or self)
+        y = (of or self)(x)
         return y + scale.to(y.dtype) * self.change(x, delta, dropout)
 
     def with_weight(self, x: Any, W: Tensor, bias: Tensor | None) -> Tensor:
@@ -205,10 +235,20 @@ class LinearLayout(LinearMap):
     def change(self, x: Tensor, delta: Structure, dropout: float = 0.0) -> Tensor:
         return replayed_dropout(delta, x, dropout) if dropout else delta(x)
 
-    def plus(self, x: Tensor, delta: Structure, scale: Tensor, dropout: float = 0.0) -> Tensor:
-        if (W := self.plain()) is not None:
+    def plus(
+        self,
+        x: Tensor,
+        delta: Structure,
+        scale: Tensor,
+        dropout: float = 0.0,
+        columns: Tensor | None = None,
+        of: LinearMap | None = None,
+    ) -> Tensor:
+        if columns is not None:
+            x = x * columns.to(x.dtype)
+        if of is None and (W := self.plain()) is not None:
             return delta.linear(x, W, self.bias, scale, dropout)
-        y = self(x)
+        y = (of or self)(x)
         return y + scale.to(y.dtype) * self.change(x, delta, dropout)
 
     def with_weight(self, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
@@ -283,11 +323,17 @@ class ConvLayout(LinearLayout):
         return _CONV[W.dim()](x, W, bias, c.stride, padding, c.dilation, c.groups)
 
     def change(self, x: Tensor, delta: Structure, dropout: float = 0.0) -> Tensor:
+        return self._change(x, delta, dropout, None)
+
+    def _change(self, x: Tensor, delta: Structure, dropout: float, columns: Tensor | None) -> Tensor:
+        """dW diag(columns) drop(x)."""
         if dropout:
-            return replayed_dropout(lambda z: self.change(z, delta), x, dropout)
+            return replayed_dropout(lambda z: self._change(z, delta, 0.0, columns), x, dropout)
         if not isinstance(delta, Factored):
-            return self.with_weight(x, delta.dense(), None)
-        B, A = (f.to(x.dtype) for f in delta.factors())
+            dW = delta.dense()
+            return self.with_weight(x, dW if columns is None else dW * columns, None)
+        B, A = delta.factors()
+        B, A = B.to(x.dtype), (A if columns is None else A * columns).to(x.dtype)
         kernel = self.layer.weight.shape[2:]
         groups = self.layer.groups
         A = A.view(-1, self.layer.weight.shape[1], *kernel)
@@ -296,11 +342,24 @@ class ConvLayout(LinearLayout):
             h = F.dropout(h, delta.rank_dropout)
         return _CONV[A.dim()](h, B.reshape(*B.shape, *(1,) * len(kernel)), groups=groups)
 
-    def plus(self, x: Tensor, delta: Structure, scale: Tensor, dropout: float = 0.0) -> Tensor:
-        if dropout or isinstance(delta, Factored) or not self.layer.is_plain:
+    def plus(
+        self,
+        x: Tensor,
+        delta: Structure,
+        scale: Tensor,
+        dropout: float = 0.0,
+        columns: Tensor | None = None,
+        of: LinearMap | None = None,
+    ) -> Tensor:
+        if columns is None and of is None and (dropout or isinstance(delta, Factored) or not self.layer.is_plain):
             return super().plus(x, delta, scale, dropout)
-        W, dW = self.weight(), delta.dense()  # one convolution instead of two
-        return self.with_weight(x, W + scale.to(dW.dtype) * dW, self.bias)
+        W = (of or self).weight()
+        if dropout or isinstance(delta, Factored):
+            y = self.with_weight(x, W if columns is None else W * columns, self.bias)
+            return y + scale.to(y.dtype) * self._change(x, delta, dropout, columns)
+        dW = delta.dense()  # one convolution instead of two
+        new = W + scale.to(dW.dtype) * dW
+        return self.with_weight(x, new if columns is None else new * columns, self.bias)
 
     def with_weight(self, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
         W = W.to(x.dtype).view(self.layer.weight.shape)
@@ -350,6 +409,18 @@ class EmbeddingLayout(LinearLayout):
     def change(self, x: Tensor, delta: Structure, dropout: float = 0.0) -> Tensor:
         t = self.layer.weight.dtype
         return self._scaled(delta.columns(x).to(t))
+
+    def plus(
+        self,
+        x: Tensor,
+        delta: Structure,
+        scale: Tensor,
+        dropout: float = 0.0,
+        columns: Tensor | None = None,
+        of: LinearMap | None = None,
+    ) -> Tensor:
+        y = super().plus(x, delta, scale, dropout, None, of)
+        return y if columns is None else y * F.embedding(x, columns.to(y.dtype)[:, None])
 
     def with_weight(self, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
         return self._look_up(x, W.t().to(self.layer.weight.dtype))

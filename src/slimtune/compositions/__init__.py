@@ -2,6 +2,7 @@
 
 from .additive import Additive
 from .base import Composition, LinearMap
+from .bimagnitude import BiMagnitude, ColumnMagnitude
 from .magnitude import Magnitude
 
-__all__ = ["Additive", "Composition", "LinearMap", "Magnitude"]
+__all__ = ["Additive", "BiMagnitude", "ColumnMagnitude", "Composition", "LinearMap", "Magnitude"]

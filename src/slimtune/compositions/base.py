@@ -63,8 +63,19 @@ class LinearMap(ABC):
         """dW drop(x) in the layer's own layout, no bias."""
 
     @abstractmethod
-    def plus(self, x: Any, delta: Structure, scale: Tensor, dropout: float = 0.0) -> Tensor:
-        """W x + bias + s dW drop(x), in the layer's own layout."""
+    def plus(
+        self,
+        x: Any,
+        delta: Structure,
+        scale: Tensor,
+        dropout: float = 0.0,
+        columns: Tensor | None = None,
+        of: LinearMap | None = None,
+    ) -> Tensor:
+        """W E x + bias + s dW E drop(x), in the layer's own layout, with E = diag(`columns`), (I,); 1 when None.
+
+        W is this map's own, or that of a map `of` on top of it.
+        """
 
     @abstractmethod
     def with_weight(self, x: Any, W: Tensor, bias: Tensor | None) -> Tensor:
@@ -121,10 +132,14 @@ class Composition(nn.Module, ABC):
 
 
 def version(*tensors: Tensor) -> tuple[Any, ...] | None:
-    """A key of these tensors' contents, by address and autograd's version counter; None for inference tensors."""
+    """A key of these tensors' contents, by address and autograd's version counter; None for tensors without (inference
+    tensors, fake ones)."""
     if any(t.is_inference() for t in tensors):
         return None
-    return tuple((t.data_ptr(), t._version) for t in tensors)
+    try:
+        return tuple((t.data_ptr(), t._version) for t in tensors)
+    except RuntimeError:
+        return None
 
 
 def square_of_rows(W: Tensor) -> Tensor:

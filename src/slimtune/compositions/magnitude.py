@@ -2,19 +2,159 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..ops import lowrank_linear, row_square_after_update
+from ..ops import column_square_after_update, lowrank_linear, row_square_after_update, square_rmatmul
 from ..structures import Factored, Structure
-from .base import Composition, LinearMap, version
+from .base import Composition, LinearMap, square_of_rows, version
 
-__all__ = ["Magnitude"]
+__all__ = ["Magnitude", "Rescaled", "Squares"]
 
 
-class Magnitude(Composition):
+class Squares:
+    """Sums of squares of V = W + s dW; without building V or dW where dW = B A is factored."""
+
+    def __init__(self, base: LinearMap, delta: Structure, scale: Tensor, row_square: Tensor | None = None) -> None:
+        self.base, self.delta, self.scale, self.below = base, delta, scale, row_square
+        self.V: Tensor | None = None
+        if isinstance(delta, Factored):
+            self.B, self.A = delta.factors()
+
+    def rows(self) -> Tensor:
+        """|V|_row^2, (O,), at least fp32."""
+        if not isinstance(self.delta, Factored):
+            return square_of_rows(self._sum())
+        below = self.base.row_square() if self.below is None else self.below
+        return row_square_after_update(below, self.base.matmul(self.A.t()), self.B, self.A, self.scale)
+
+    def columns(self, v: Tensor) -> Tensor:
+        """(V * V)^T v for v (O,), v >= 0. Returns (I,), at least fp32."""
+        if not isinstance(self.delta, Factored):
+            return square_rmatmul(self._sum(), v)
+        WvB = self.base.rmatmul(v[:, None] * self.B)
+        return column_square_after_update(self.base.square_rmatmul(v), WvB, self.B, self.A, v, self.scale)
+
+    def _sum(self) -> Tensor:
+        if self.V is None:
+            W, dW = self.base.weight(), self.delta.dense()
+            t = torch.promote_types(W.dtype, dW.dtype)
+            self.V = W.to(t) + self.scale.to(t) * dW.to(t)
+        return self.V
+
+
+class Rescaled(Composition):
+    """W' = diag(d) V diag(e) with V = W + dW and d, e from norms of V and trained magnitudes. The common part of
+    `Magnitude`, `ColumnMagnitude` and `BiMagnitude`.
+
+    With dropout, W sees the whole input and dW the dropped one, both between the same d and e, which are those of
+    the undropped V: y = diag(d) (W E x + dW E drop(x)) + bias.
+
+    Without gradients d and e are computed once and kept until a parameter changes or `train()` or `eval()` is called,
+    so that decoding token by token does not pay for norms; with gradients they are computed in every forward. An edit
+    through `.data` is seen from the next `train()` or `eval()` on.
+
+    Args:
+        detach: hold the norms of V constant in the gradient. False gives the exact gradient of the definition.
+        eps: smallest norm divided by.
+    """
+
+    def __init__(self, *, detach: bool = True, eps: float = 1e-8) -> None:
+        super().__init__()
+        self.detach, self.eps = detach, eps
+        self._forget()
+
+    @abstractmethod
+    def scales(self, V: Squares) -> tuple[Tensor | None, Tensor | None]:
+        """(d, e), (O,) and (I,); None for ones. Norms go through `norm`."""
+
+    def norm(self, square: Callable[[], Tensor]) -> Tensor:
+        """max(sqrt(square()), eps), a constant to autograd if `detach`."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach):
+            return square().clamp_min(self.eps**2).sqrt()
+
+    def own(self, name: str) -> Tensor:
+        """A parameter of this module; a plain attribute in DataParallel's replicas."""
+        tensor: Tensor = self._parameters[name] if self._parameters else getattr(self, name)  # type: ignore[assignment]
+        return tensor
+
+    def options(self) -> dict[str, Any]:
+        return {"detach": self.detach, "eps": self.eps}
+
+    def train(self, mode: bool = True) -> Rescaled:
+        self._forget()
+        return super().train(mode)
+
+    def forward(self, x: Any, base: LinearMap, delta: Structure, scale: Tensor, dropout: float) -> Tensor:
+        plain = base.plain()
+        d, e, V = self._scales(base, delta, scale, plain)
+        if plain is not None and isinstance(delta, Factored):
+            B, A = (V.B, V.A) if V is not None else delta.factors()
+            rank_dropout = delta.rank_dropout if delta.training else 0.0
+            return lowrank_linear(x, plain, base.bias, B, A, scale, d, dropout, rank_dropout, e)
+        y, bias = base.plus(x, delta, scale, dropout, e), base.bias
+        if d is None:
+            return y
+        d = d.to(y.dtype)
+        y = y * base.rows(d)
+        return y if bias is None else y + base.rows(bias.to(y.dtype) * (1 - d))
+
+    def matmul(self, V: Tensor, base: LinearMap, delta: Structure, scale: Tensor) -> Tensor:
+        d, e, _ = self._scales(base, delta, scale, None)
+        if e is not None:
+            V = e.to(V.dtype)[:, None] * V
+        y = base.matmul(V)
+        if isinstance(delta, Factored):
+            B, A = delta.factors()
+            change = B @ (A @ V.to(A.dtype))
+        else:
+            dW = delta.dense()
+            change = dW @ V.to(dW.dtype)
+        y = y + scale.to(y.dtype) * change.to(y.dtype)
+        return y if d is None else d.to(y.dtype)[:, None] * y
+
+    def _forget(self) -> None:
+        self._kept: tuple[Any, tuple[Tensor | None, Tensor | None]] | None = None
+        self._below: tuple[Any, Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": None, "_below": None}  # addresses mean nothing in a copy
+
+    def _scales(
+        self, base: LinearMap, delta: Structure, scale: Tensor, plain: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Squares | None]:
+        key = None
+        remember = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+        if remember:
+            if torch.is_grad_enabled():
+                self._kept = None
+            elif (below := base.key()) is not None:
+                # not the factors: they may be computed anew each time, at an address used before
+                own = version(scale, *self.parameters(), *delta.parameters(), *delta.buffers())
+                key = None if own is None else (below, own)
+                if key is not None and self._kept is not None and self._kept[0] == key:
+                    return *self._kept[1], None
+        V = Squares(base, delta, scale, self._row_square(base, plain) if remember and plain is not None else None)
+        d, e = self.scales(V)
+        if key is not None:
+            self._kept = (key, (d, e))
+        return d, e, V
+
+    def _row_square(self, base: LinearMap, plain: Tensor) -> Tensor | None:
+        """|W|_row^2 of a frozen Linear, computed once for each version of W."""
+        key = version(plain)
+        if key is None:
+            return None
+        if self._below is None or self._below[0] != key:
+            self._below = (key, base.row_square())
+        return self._below[1]
+
+
+class Magnitude(Rescaled):
     """W' = diag(m / |V|_row) V with V = W + dW, m (O,) trained from m = |W|_row.
 
     DoRA, Liu et al. 2024, arXiv 2402.09353, eq. 5; |.|_row is one norm per output feature, as in the authors'
@@ -36,24 +176,12 @@ class Magnitude(Composition):
         eps: smallest norm divided by.
     """
 
-    def __init__(self, *, detach: bool = True, eps: float = 1e-8) -> None:
-        super().__init__()
-        self.detach, self.eps = detach, eps
-        self._kept: tuple[Any, Tensor] | None = None
-
-    def train(self, mode: bool = True) -> Magnitude:
-        self._kept = None
-        return super().train(mode)
-
     def build(self, out_features: int, in_features: int, **kwargs: Any) -> None:
         self.magnitude = nn.Parameter(torch.empty(out_features, **kwargs))
 
     @torch.no_grad()
     def init_from(self, base: LinearMap) -> None:
         self.magnitude.copy_(base.row_square().sqrt())
-
-    def options(self) -> dict[str, Any]:
-        return {"detach": self.detach, "eps": self.eps}
 
     def row_square(self, base: LinearMap, delta: Structure, scale: Tensor) -> Tensor:
         return self.magnitude.square()
@@ -63,34 +191,5 @@ class Magnitude(Composition):
         norm = torch.linalg.vector_norm(V, dim=1).clamp_min(self.eps)
         return (self.magnitude.to(V.dtype) / (norm.detach() if self.detach else norm))[:, None] * V
 
-    def forward(self, x: Any, base: LinearMap, delta: Structure, scale: Tensor, dropout: float) -> Tensor:
-        if not isinstance(delta, Factored):
-            return super().forward(x, base, delta, scale, dropout)
-        B, A = delta.factors()
-        d = self._row_scale(base, B, A, scale)
-        if (W := base.plain()) is not None:
-            rank_dropout = delta.rank_dropout if delta.training else 0.0
-            return lowrank_linear(x, W, base.bias, B, A, scale, d, dropout, rank_dropout)
-        y, bias = base(x), base.bias
-        d = d.to(y.dtype)
-        y = (y + scale.to(y.dtype) * base.change(x, delta, dropout)) * base.rows(d)
-        return y if bias is None else y + base.rows(bias.to(y.dtype) * (1 - d))
-
-    def _row_scale(self, base: LinearMap, B: Tensor, A: Tensor, scale: Tensor) -> Tensor:
-        """m / |W + s B A|_row, (O,)."""
-        m: Tensor = self._parameters["magnitude"] if self._parameters else self.magnitude  # type: ignore[assignment]
-        key = None
-        if not torch.compiler.is_compiling():
-            if torch.is_grad_enabled():
-                self._kept = None
-            elif (below := base.key()) is not None and (own := version(m, B, A, scale)) is not None:
-                key = (below, own)
-                if self._kept is not None and self._kept[0] == key:
-                    return self._kept[1]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach):
-            square = row_square_after_update(base.row_square(), base.matmul(A.t()), B, A, scale)
-            norm = square.clamp_min(self.eps**2).sqrt()
-        d = m / norm
-        if key is not None:
-            self._kept = (key, d)
-        return d
+    def scales(self, V: Squares) -> tuple[Tensor | None, Tensor | None]:
+        return self.own("magnitude") / self.norm(V.rows), None

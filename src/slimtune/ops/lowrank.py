@@ -22,13 +22,15 @@ def lowrank_linear(
     row_scale: Tensor | None = None,  # (O,)
     dropout: float = 0.0,
     rank_dropout: float = 0.0,
+    column_scale: Tensor | None = None,  # (I,)
 ) -> Tensor:
-    """y = d * (x W^T + s drop(x) A^T B^T) + bias, with d = `row_scale` (ones when None). Returns (*T, O).
+    """y = d * (z W^T + s drop(z) A^T B^T) + bias, with z = x * e, d = `row_scale` and e = `column_scale` (ones when
+    None). Returns (*T, O).
 
-    With d = 1 and B = 0 this is the bare layer's output bit for bit: a bias goes through the same fused product and
+    With d = e = 1 and B = 0 this is the bare layer's output bit for bit: a bias goes through the same fused product and
     is put right by bias * (1 - d).
 
-    `rank_dropout` drops entries of x A^T instead of x. B and A may be of higher precision than x: they are
+    `rank_dropout` drops entries of z A^T instead of z. B and A may be of higher precision than x: they are
     cast for the products and their gradients come back in their own dtype. One autograd function: it keeps
     x in x's own dtype, the (T, R) product, and, with `row_scale`, one (T, O) output; dropout keeps a seed.
 
@@ -39,32 +41,34 @@ def lowrank_linear(
         True
     """
     if torch.compiler.is_compiling() or x.is_meta or torch._C._are_functorch_transforms_active():
-        return _composed(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout)
+        return _composed(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout, column_scale)
     if not torch.is_grad_enabled():
-        return _plain(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout)
+        return _plain(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout, column_scale)
     if not torch.is_autocast_enabled(x.device.type):
         if x.dtype != W.dtype:
             return F.linear(x, W, bias)  # torch's own error for mixed dtypes
-        return _differentiable(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout)
+        return _differentiable(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout, column_scale)
     if x.dtype != torch.float64:  # which autocast leaves alone
         x = x.to(torch.get_autocast_dtype(x.device.type))
     with torch.autocast(x.device.type, enabled=False):
-        return _differentiable(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout)
+        return _differentiable(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout, column_scale)
 
 
-def _differentiable(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout):
+def _differentiable(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout, column_scale):
     if scale.requires_grad:
         B, scale = scale * B, torch.ones_like(scale)
     mask = None
     if rank_dropout:
         mask = F.dropout(x.new_ones(x.shape[:-1] + A.shape[:1]), rank_dropout)
     seed = draw_seed() if dropout else 0
-    return _LowRankLinear.apply(x, W, bias, B, A, scale, row_scale, dropout, seed, mask)
+    return _LowRankLinear.apply(x, W, bias, B, A, scale, row_scale, dropout, seed, mask, column_scale)
 
 
-def _composed(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout):
+def _composed(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout, column_scale):
     """The definition in autograd's own operations; what a compiler fuses best."""
     t = x.dtype
+    if column_scale is not None:
+        x = x * column_scale.to(t)
     z = F.dropout(x, dropout) if dropout else x
     h = F.linear(z, A.to(t)) * scale.to(t)
     if rank_dropout:
@@ -80,8 +84,10 @@ def _composed(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout):
     return (F.linear(x, W.to(t), b) + update) * d + b * (1 - d)
 
 
-def _plain(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout):
+def _plain(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout, column_scale):
     """No gradient wanted: the fewest kernels. Under autocast the first product says which dtype it wants."""
+    if column_scale is not None:
+        x = x * _as(column_scale, x.dtype)
     y = F.linear(x, W, bias)
     t = y.dtype
     z = F.dropout(x, dropout) if dropout else x
@@ -108,10 +114,12 @@ class _LowRankLinear(torch.autograd.Function):
     """Forward and backward written out so that both directions end in one accumulating GEMM."""
 
     @staticmethod
-    def forward(ctx, x, W, bias, B, A, scale, row_scale, dropout, seed, rank_mask):
+    def forward(ctx, x, W, bias, B, A, scale, row_scale, dropout, seed, rank_mask, column_scale):
         t, shape = x.dtype, x.shape
         W_, A_, B_, s = _as(W, t), _as(A, t), _as(B, t), _as(scale, t)
         x2 = x.reshape(-1, shape[-1])  # (T, I)
+        if column_scale is not None:
+            x2 = x2 * _as(column_scale, t)
         z = dropped(x2, dropout, seed) if dropout else x2
         h = (z @ A_.t()).mul_(s / keep_probability(dropout) if dropout else s)  # (T, R)
         if rank_mask is not None:
@@ -138,26 +146,29 @@ class _LowRankLinear(torch.autograd.Function):
                 u = y
             ctx.u_is_output = u is y
         ctx.dropout, ctx.seed = dropout, seed
-        ctx.save_for_backward(x, W, bias, B, A, scale, row_scale, h, u, rank_mask)
+        ctx.save_for_backward(x, W, bias, B, A, scale, row_scale, h, u, rank_mask, column_scale)
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, W, bias, B, A, scale, row_scale, h, u, rank_mask = ctx.saved_tensors
-        need_x, _, _, need_B, need_A, _, need_d = ctx.needs_input_grad[:7]
+        x, W, bias, B, A, scale, row_scale, h, u, rank_mask, column_scale = ctx.saved_tensors
+        need_x, _, _, need_B, need_A, _, need_d, *_, need_e = ctx.needs_input_grad
         t = x.dtype
         g = grad.reshape(-1, grad.shape[-1])  # (T, O)
         x2 = x.reshape(-1, x.shape[-1])
         A_, B_, s = _as(A, t), _as(B, t), _as(scale, t)
+        e = None if column_scale is None else _as(column_scale, t)
         factor = s / keep_probability(ctx.dropout) if ctx.dropout else s
-        mask = kept(x2, ctx.dropout, ctx.seed) if ctx.dropout and (need_A or need_x) else None
+        mask = kept(x2, ctx.dropout, ctx.seed) if ctx.dropout and (need_A or need_x or need_e) else None
         u_is_output = row_scale is not None and ctx.u_is_output
-        if torch.is_grad_enabled():  # a second derivative: kept products are constants to autograd, so form them again
-            h = (x2 if mask is None else x2 * mask) @ A_.t() * factor
+        again = torch.is_grad_enabled()  # a second derivative: kept products are constants to autograd
+        if again:
+            z = x2 if e is None else x2 * e
+            h = (z if mask is None else z * mask) @ A_.t() * factor
             if rank_mask is not None:
                 h = h * rank_mask
             if u is not None:
-                u, u_is_output = F.linear(x2, _as(W, t), None if bias is None else _as(bias, t)) + h @ B_.t(), False
+                u, u_is_output = F.linear(z, _as(W, t), None if bias is None else _as(bias, t)) + h @ B_.t(), False
         grad_d = None
         if row_scale is not None:
             if need_d:
@@ -171,17 +182,26 @@ class _LowRankLinear(torch.autograd.Function):
         if rank_mask is not None:
             q.mul_(rank_mask)
         grad_B = (h.t() @ g).t().to(B.dtype) if need_B else None
-        grad_A = grad_x = None
+        grad_A = grad_x = grad_e = None
         if need_A:
             grad_A = (q.t() @ (x2 if mask is None else x2 * mask)).to(A.dtype)
-        if need_x:
-            grad_x = g @ _as(W, t)
+            if e is not None:
+                grad_A = grad_A * column_scale.to(A.dtype)
+        if need_x or need_e:
+            grad_x = g @ _as(W, t)  # of z
             if mask is None:
                 grad_x.addmm_(q, A_)
             else:
                 grad_x.addcmul_(q @ A_, mask)
-            grad_x = grad_x.view(x.shape)
-        return grad_x, None, None, grad_B, grad_A, None, grad_d, None, None, None
+            if need_e:
+                grad_e = torch.linalg.vecdot(grad_x, x2, dim=0).to(column_scale.dtype)
+            if not need_x:
+                grad_x = None
+            else:
+                if e is not None:
+                    grad_x = grad_x * e if again else grad_x.mul_(e)
+                grad_x = grad_x.view(x.shape)
+        return grad_x, None, None, grad_B, grad_A, None, grad_d, None, None, None, grad_e
 
 
 def _floored(d: Tensor, dtype: torch.dtype) -> Tensor:

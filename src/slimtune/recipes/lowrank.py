@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from ..compositions import Magnitude
+from ..compositions import ColumnMagnitude, Magnitude
 from ..errors import StructureError
 from ..recipe import Recipe
 from ..structures import LowRank
@@ -91,6 +91,7 @@ def dora(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     detach: bool = True,
+    axis: str = "row",
 ) -> Recipe:
     """diag(m / |V|_row) V with V = W + (alpha / R) B A and m trained from |W|_row.
 
@@ -104,10 +105,18 @@ def dora(
         rank_pattern: ranks of some layers, {name, suffix or glob: R}.
         alpha_pattern: alphas of some layers, likewise.
         detach: hold |V|_row constant in the gradient (section 4.3).
+        axis: "row", one magnitude per output feature, as the authors' code and PEFT have it; or "column", one per
+            input feature: V diag(m / |V|_column) with m trained from |W|_column.
+
+    Raises:
+        StructureError: as `lora`; or another axis.
     """
+    if axis not in ("row", "column"):
+        raise StructureError(f"dora: axis must be 'row' or 'column', got {axis!r}")
     plain = lora(rank, alpha, dropout, rank_dropout, rank_pattern, alpha_pattern)
     options = {} if detach else {"detach": False}
-    return replace(plain, composition=Magnitude, composition_options=options, name="dora")
+    composition = Magnitude if axis == "row" else ColumnMagnitude
+    return replace(plain, composition=composition, composition_options=options, name="dora")
 
 
 def _check_rank(rank: object, what: str) -> None:
