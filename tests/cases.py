@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 import slimtune as st
 from slimtune.layers import Host
+from slimtune.targets import hosts
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ class Method:
     """Numbers an adapter may keep for backward beyond x, for T rows: thin products, casts, vectors."""
     outputs: int = 0
     """(T, O) outputs it may keep besides."""
+
+
+def thin_or_dense(t: int, o: int, i: int) -> int:
+    """What a product of rank 4 keeps, or a dW and its two parts."""
+    return max(t * 4 + 4 * (o + i), 3 * o * i) + 8 * (o + i)
 
 
 METHODS = [
@@ -90,6 +96,45 @@ METHODS = [
         kept=lambda t, o, i: 2 * t * 3 + 8 * (o + i) * 3 + 16 * (o + i),
         outputs=1,
     ),
+    Method("loldu", lambda **o: st.loldu(rank=3, **o), parameters=lambda o, i: 3 + 1),
+    Method(
+        "loldu-published",
+        lambda **o: st.loldu(rank=9, alpha=4, unit=False, train_scale=False, **o),
+        kept=lambda t, o, i: 2 * t * 9 + 4 * (o + i) * 9 + 8 * o,
+    ),
+    Method("singlora", lambda **o: st.singlora(rank=3, alpha=4, **o), parameters=lambda o, i: 3 * max(o, i)),
+    Method("singlora-signed", lambda **o: st.singlora(rank=2, form="signed", **o)),
+    Method("singlora-centred", lambda **o: st.singlora(rank=2, form="centred", **o)),
+    Method("singlora-core", lambda **o: st.singlora(rank=2, alpha=8, form="core", **o)),
+    Method(
+        "gralora",
+        lambda **o: st.gralora(rank=4, alpha=4, **o),
+        parameters=lambda o, i: 4 * (o + i),
+        kept=lambda t, o, i: 8 * t + 8,
+    ),
+    Method(
+        "gralora-hybrid",
+        lambda **o: st.gralora(rank=2, alpha=4, hybrid_rank=2, **o),
+        parameters=lambda o, i: 4 * (o + i),
+        kept=lambda t, o, i: 8 * t + 8 * (o + i),
+    ),
+    Method("bone", lambda **o: st.bone(rank=4, **o), parameters=lambda o, i: 4 * o, kept=lambda t, o, i: 4 * t + 8),
+    Method(
+        "bone-mini",
+        lambda **o: st.bone(rank=4, form="mini", mini_rank=2, **o),
+        parameters=lambda o, i: 8,
+        kept=lambda t, o, i: 4 * t + 4 * o + 8,
+    ),
+    Method("bone-bat", lambda **o: st.bone(rank=2, form="bat", **o), kept=lambda t, o, i: 8),
+    Method("bone-row", lambda **o: st.bone(rank=2, form="row", **o), kept=lambda t, o, i: 8),
+    Method(
+        "bone-left", lambda **o: st.bone(rank=2, form="left", **o), kept=lambda t, o, i: 8 * o, outputs=1
+    ),
+    Method("kronecker", lambda **o: st.kronecker(**o), parameters=lambda o, i: o + i),
+    Method("lokr", lambda **o: st.lokr(rank=2, decompose_both=True, **o)),
+    Method("loha", lambda **o: st.loha(rank=2, alpha=4, **o), parameters=lambda o, i: 4 * (o + i), kept=thin_or_dense),
+    Method("lokh", lambda **o: st.lokh(alpha=2, **o), kept=thin_or_dense),
+    Method("lokh-rows", lambda **o: st.lokh(rank=2, orientation="rows", **o), kept=thin_or_dense),
 ]
 
 
@@ -176,9 +221,20 @@ class Chain(nn.Module):
         return torch.randint(0, 13, (2, 5))
 
 
+def controlled(model: nn.Module, method: Method, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """Attach what a method's recipe names, for a run of so many steps."""
+    for controller in st.controllers_of(method.recipe(), steps):
+        st.attach(controller, model, optimizer)
+
+
 def shake(model: nn.Module, amount: float = 0.3) -> None:
-    """Move every trainable parameter away from its start."""
+    """Move every trainable parameter away from its start, and give a scale that waits at 0 its full value."""
     with torch.no_grad():
+        for host in hosts(model).values():
+            for adapter in host.adapters.values():
+                adapter.awaited.clear()
+                if adapter.recipe.start_scale != 1:
+                    adapter.scale.fill_(adapter.recipe.scale(adapter.structure.rank))
         for _, p in st.trainable_parameters(model):
             p.add_(amount * torch.randn_like(p))
 

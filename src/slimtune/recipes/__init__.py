@@ -3,8 +3,26 @@
 from collections.abc import Callable
 
 from ..recipe import Recipe
+from .blocks import bone, gralora
+from .bora import bora
+from .ldu import loldu
 from .lowrank import dora, lora, rslora
+from .products import kronecker, loha, lokh, lokr
+from .symmetric import singlora
 
-__all__ = ["dora", "lora", "rslora"]
+__all__ = [
+    "bone",
+    "bora",
+    "dora",
+    "gralora",
+    "kronecker",
+    "loha",
+    "lokh",
+    "lokr",
+    "loldu",
+    "lora",
+    "rslora",
+    "singlora",
+]
 
 RECIPES: dict[str, Callable[..., Recipe]] = {name: globals()[name] for name in __all__}

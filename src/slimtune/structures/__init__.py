@@ -1,6 +1,27 @@
 """Layer 1: what a change of a weight looks like. One file per family, named by mathematics."""
 
 from .base import Factored, Structure
+from .blocklowrank import BlockLowRank
+from .hadamard import Hadamard
+from .khatrirao import KhatriRao
+from .kronecker import Kronecker
+from .ldu import LDU
 from .lowrank import LowRank
+from .sum import Sum
+from .symmetric import Symmetric
+from .tiled import BlockTiled, Tiled
 
-__all__ = ["Factored", "LowRank", "Structure"]
+__all__ = [
+    "LDU",
+    "BlockLowRank",
+    "BlockTiled",
+    "Factored",
+    "Hadamard",
+    "KhatriRao",
+    "Kronecker",
+    "LowRank",
+    "Structure",
+    "Sum",
+    "Symmetric",
+    "Tiled",
+]
