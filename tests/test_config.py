@@ -55,6 +55,7 @@ BAD = [
     ("target_modules: 3", "run.yaml:5: target_modules: expected text or a list, found 3"),
     ("method: lorra", r"run.yaml:5: method: unknown method 'lorra'; did you mean 'lora'\? \(known: .*dora.*full"),
     ("method: full\nbudget: 5", "run.yaml:6: budget: method full has no adapter that would read it"),
+    ("method_options: {rnak: 3}", r"run.yaml:5: method_options: lora has no option 'rnak'; did you mean 'rank'\?"),
     ("budget: 2k\nmethod_options: {rank: 3}", "run.yaml:5: budget: budget chooses the rank"),
     ("budget: lots", "run.yaml:5: budget: expected a whole number, found 'lots'"),
     ("packing: true", r"run.yaml:5: packing: task classify does not read it \(only sft\)"),
@@ -171,4 +172,5 @@ def test_every_field_is_documented_and_read():
 
 
 def test_names_read_from_the_source_are_the_recipes():
-    assert set(rules.recipe_names()) == set(st.recipes.RECIPES)
+    options = {name: tuple(inspect.signature(f).parameters) for name, f in st.recipes.RECIPES.items()}
+    assert rules.recipe_options() == dict(sorted(options.items()))

@@ -282,7 +282,6 @@ def test_learning_rates_reach_their_parameters(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rnak": 4}, r"lora has no option 'rnak'; did you mean 'rank'\?"),
         ({"rank": "many"}, "method_options: lora"),
         ({"rank": 0}, "rank"),
     ],

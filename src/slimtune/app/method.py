@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,6 @@ from torch import nn
 
 import slimtune as st
 from slimtune.app.config import TrainConfig
-from slimtune.app.rules import suggest
 from slimtune.app.weights import inside
 from slimtune.errors import ConfigError
 from slimtune.recipe import matches
@@ -39,17 +37,12 @@ class Method:
 
 
 def make_recipe(name: str, options: dict[str, Any]) -> st.Recipe:
-    """The recipe `name` with its options checked against its signature.
+    """The recipe `name`; the names of its options have been checked with the configuration.
 
     Raises:
-        ConfigError: an option the recipe does not have (with the nearest), or a value it does not take.
+        ConfigError: a value it does not take.
     """
     function = st.recipes.RECIPES[name]
-    known = inspect.signature(function).parameters
-    for option in options:
-        if option not in known:
-            near = suggest(str(option), known)
-            raise ConfigError(f"method_options: {name} has no option '{option}'{near} (it has {', '.join(known)})")
     try:
         return function(**options)
     except (TypeError, ValueError) as error:
@@ -95,10 +88,8 @@ def fit_rank(cfg: TrainConfig, model: nn.Module, budget: int) -> int:
     """The largest rank whose adapter, without modules_to_save, has at most `budget` parameters; counted on meta.
 
     Raises:
-        ConfigError: the method has no rank, or rank 1 is already larger than the budget.
+        ConfigError: rank 1 is already larger than the budget.
     """
-    if "rank" not in inspect.signature(st.recipes.RECIPES[cfg.method]).parameters:
-        raise ConfigError(f"budget: method {cfg.method} has no rank to choose; set its size in method_options")
 
     def size(rank: int) -> int:
         ghost = meta_copy(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import glob
 import re
@@ -32,11 +33,19 @@ _TASKS: dict[str, tuple[str, ...]] = {  # a field that only these tasks read
 
 
 @cache
+def recipe_options() -> dict[str, tuple[str, ...]]:
+    """The recipes and their options, read from the source of `slimtune.recipes`: importing it would import torch."""
+    found = {}
+    for source in sorted((Path(__file__).parent.parent / "recipes").glob("*.py")):
+        for node in ast.parse(source.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and isinstance(node.returns, ast.Name) and node.returns.id == "Recipe":
+                found[node.name] = tuple(a.arg for a in (*node.args.args, *node.args.kwonlyargs))
+    return dict(sorted(found.items()))
+
+
 def recipe_names() -> tuple[str, ...]:
-    """The names `slimtune.recipes` defines, read from its source: importing it would import torch."""
-    sources = sorted((Path(__file__).parent.parent / "recipes").glob("*.py"))
-    defined = r"^def ([a-z]\w*)\([^#]*?\) -> Recipe:"
-    return tuple(sorted(n for s in sources for n in re.findall(defined, s.read_text(encoding="utf-8"), re.MULTILINE)))
+    """The names of the recipes."""
+    return tuple(recipe_options())
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
@@ -67,15 +76,19 @@ def conflicts(cfg: TrainConfig) -> Iterable[tuple[str, str]]:
             if given(name):
                 yield name, "only used with model_factory"
     if cfg.method not in WHOLE_MODEL and cfg.method not in recipe_names():
-        known = (*recipe_names(), *WHOLE_MODEL)
-        yield (
-            "method",
-            f"unknown method '{cfg.method}'{suggest(cfg.method, known)} (known: {', '.join(known)})",
-        )
+        names = (*recipe_names(), *WHOLE_MODEL)
+        yield "method", f"unknown method '{cfg.method}'{suggest(cfg.method, names)} (known: {', '.join(names)})"
     if cfg.method in WHOLE_MODEL:
         for name in ("method_options", "budget", "target_modules", "exclude_modules", "b_ratio"):
             if given(name):
                 yield name, f"method {cfg.method} has no adapter that would read it"
+    known = recipe_options().get(cfg.method)
+    for option in cfg.method_options if known else ():
+        if known and option not in known:
+            near = suggest(str(option), known)
+            yield "method_options", f"{cfg.method} has no option '{option}'{near} (it has {', '.join(known)})"
+    if known and cfg.budget is not None and "rank" not in known:
+        yield "budget", f"method {cfg.method} has no rank to choose; set its size in method_options"
     if cfg.method == "full" and given("modules_to_save"):
         yield "modules_to_save", "method full saves every module"
     if cfg.budget is not None and "rank" in cfg.method_options:
