@@ -134,7 +134,7 @@ METHODS = [
     Method("lokr", lambda **o: st.lokr(rank=2, decompose_both=True, **o)),
     Method("loha", lambda **o: st.loha(rank=2, alpha=4, **o), parameters=lambda o, i: 4 * (o + i), kept=thin_or_dense),
     Method("lokh", lambda **o: st.lokh(alpha=2, **o), kept=thin_or_dense),
-    Method("lokh-rows", lambda **o: st.lokh(rank=2, orientation="rows", **o), kept=thin_or_dense),
+    Method("lokh-rows", lambda **o: st.lokh(rank=2, alpha=8, orientation="rows", **o), kept=thin_or_dense),
 ]
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import slimtune as st
-from cases import DORA, DORA_EXACT, LORA, METHODS, Chain, adapted, layers, methods, shake, tiny_llama
+from cases import DORA, DORA_EXACT, LORA, METHODS, Chain, adapted, controlled, layers, methods, shake, tiny_llama
 
 
 def chain(method, dtype=torch.float64, **options):
@@ -31,6 +31,7 @@ def test_starts_as_the_base(method, dtype):
 def test_every_adapter_parameter_can_learn(method):
     model, _, ids = chain(method)
     optimizer = torch.optim.SGD(st.param_groups(model, lr=0.1))
+    controlled(model, method, optimizer, 2)
     start = {n: p.detach().clone() for n, p in st.trainable_parameters(model)}
     for _ in range(2):
         optimizer.zero_grad()

@@ -98,10 +98,11 @@ def _warn_unattended(method: str, controllers: str) -> None:
 class Adapted(LinearMap):
     """The map that an adapter makes of the map below it."""
 
-    __slots__ = ("adapter", "below", "training")
+    __slots__ = ("adapter", "below", "is_matrix", "training")
 
     def __init__(self, adapter: Adapter, below: LinearMap, training: bool) -> None:
         self.adapter, self.below, self.training = adapter, below, training
+        self.is_matrix = below.is_matrix
 
     def __call__(self, x: Any) -> Tensor:
         scale: Tensor = self.adapter._buffers["scale"]  # type: ignore[assignment]

@@ -13,7 +13,7 @@ from .compositions import Additive, Composition
 from .errors import StructureError
 from .structures import Structure
 
-__all__ = ["Recipe", "matches"]
+__all__ = ["Recipe", "matches", "subclasses"]
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -21,12 +21,13 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
 
 
-def _subclasses(cls: type) -> dict[str, type]:
+def subclasses(cls: type) -> dict[str, type]:
+    """Every class below `cls` that has been defined, by name."""
     found: dict[str, type] = {}
     children: list[type] = cls.__subclasses__()
     for child in children:
         found[child.__name__] = child
-        found.update(_subclasses(child))
+        found.update(subclasses(child))
     return found
 
 
@@ -47,6 +48,9 @@ class Recipe:
         dropout: probability of dropping an input entry on the branch of the change, while training; 0 <= p < 1.
         overrides: per layer: {literal name, suffix or glob: {"alpha": ..., <structure option>: ...}}; later
             entries win.
+        controllers: what acts around the optimizer's step, as {class name: its options}; `st.controllers_of` makes
+            them and `st.attach` connects them, which `slimtune train` does by itself.
+        start_scale: the scale before a controller has acted, as a multiple of s; 0 leaves the base as it is.
         name: the method's name in tables and files.
         learning_rate: what AdamW usually wants for this method's parameters.
 
@@ -69,6 +73,8 @@ class Recipe:
     rank_power: float = 0.0
     dropout: float = 0.0
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    controllers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    start_scale: float = 1.0
     name: str = "custom"
     learning_rate: float = 1e-3
 
@@ -79,6 +85,8 @@ class Recipe:
             raise StructureError(f"{self.name}: alpha must be a finite number, got {self.alpha!r}")
         if self.alpha == 0:
             raise StructureError(f"{self.name}: alpha must not be 0; the adapter could never change anything")
+        if not _is_number(self.start_scale) or not math.isfinite(self.start_scale):
+            raise StructureError(f"{self.name}: start_scale must be a finite number, got {self.start_scale!r}")
         _check_options(self.structure, self.options, self.name)
         _check_options(self.composition, self.composition_options, self.name)
         for pattern, changes in self.overrides.items():
@@ -111,6 +119,8 @@ class Recipe:
             "rank_power": self.rank_power,
             "dropout": self.dropout,
             "overrides": {k: dict(v) for k, v in self.overrides.items()},
+            "controllers": {k: dict(v) for k, v in self.controllers.items()},
+            "start_scale": self.start_scale,
             "learning_rate": self.learning_rate,
         }
 
@@ -126,17 +136,20 @@ class Recipe:
         if extra := set(data) - set(known):
             raise StructureError(f"recipe: unknown field {sorted(extra)[0]!r}; known: {', '.join(known)}")
         for key, family in (("structure", Structure), ("composition", Composition)):
-            table = {n: c for n, c in _subclasses(family).items() if not inspect.isabstract(c)}
+            table = {n: c for n, c in subclasses(family).items() if not inspect.isabstract(c)}
             if not isinstance(data.get(key), str) or data[key] not in table:
                 raise StructureError(f"recipe: unknown {key} {data.get(key)!r}; known: {', '.join(sorted(table))}")
             data[key] = table[data[key]]
-        for key in ("options", "composition_options", "overrides"):
+        for key in ("options", "composition_options", "overrides", "controllers"):
             if not isinstance(data.get(key, {}), Mapping):
                 raise StructureError(f"recipe: {key} must be a table, got {type(data[key]).__name__}")
         for pattern, changes in data.get("overrides", {}).items():
             if not isinstance(changes, Mapping):
                 raise StructureError(f"recipe: override {pattern!r} must be a table, got {type(changes).__name__}")
-        for key in ("alpha", "rank_power", "dropout", "learning_rate"):
+        for controller, options in data.get("controllers", {}).items():
+            if not isinstance(options, Mapping):
+                raise StructureError(f"recipe: controller {controller!r} must be a table, got {type(options).__name__}")
+        for key in ("alpha", "rank_power", "dropout", "start_scale", "learning_rate"):
             value = data.get(key, 0.0)
             if not _is_number(value):
                 raise StructureError(f"recipe: {key} must be a number, got {value!r}")

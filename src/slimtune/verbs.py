@@ -187,6 +187,7 @@ def initialize(model: nn.Module, name: str = "default") -> None:
     adapter still on meta is first allocated beside its layer's weight. Layers on meta are left alone.
     """
     require_adapter(model, name)
+    awaited: set[str] = set()
     for host in hosts(model, name).values():
         device = host.weight.device
         if device.type == "meta":
@@ -195,6 +196,8 @@ def initialize(model: nn.Module, name: str = "default") -> None:
         if adapter.scale.is_meta:
             adapter.to_empty(device=device)
         adapter.initialize(host.map(below=name))
+        awaited.update(adapter.recipe.controllers)
+        adapter.awaited = awaited
     for module in saved_modules(model, name).values():
         new = module.addition(name)
         state = module.base_state()

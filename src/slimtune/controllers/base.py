@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import SlimtuneError
+from ..errors import SlimtuneError, StructureError
+from ..layers import Adapter
+from ..recipe import Recipe, subclasses
+from ..targets import hosts
 
-__all__ = ["Attached", "Controller", "attach"]
+__all__ = ["Attached", "Controller", "attach", "controllers_of"]
 
 
 class Controller:
     """Something done around every optimizer step. Subclasses keep plain, JSON- or tensor-valued state.
 
     Because torch calls it from the optimizer itself, it counts real steps under any loop: gradient accumulation,
-    clipping, mixed precision and the Hugging Face Trainer included.
+    clipping, mixed precision and the Hugging Face Trainer included. A subclass that needs the length of the run takes
+    the keyword `total_steps`.
     """
+
+    def begin(self, model: nn.Module) -> None:
+        """Called when attached, and again when its state was put back: make the model ready for the next step."""
 
     def before_step(self, model: nn.Module) -> None:
         """Gradients are final; may edit `.grad`."""
@@ -30,7 +38,7 @@ class Controller:
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` returned.
+        """Put back what `state_dict` returned. Do it before `attach`, or through `Attached.load_state_dict`.
 
         Raises:
             SlimtuneError: keys other than this controller's own.
@@ -45,11 +53,21 @@ class Attached:
     """A controller bound to a model and an optimizer; `remove()` unbinds it."""
 
     def __init__(self, controller: Controller, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.controller = controller
+        self.controller, self.model = controller, model
+        controller.begin(model)
         self._handles = [
             optimizer.register_step_pre_hook(lambda *_: controller.before_step(model)),
             optimizer.register_step_post_hook(lambda *_: controller.after_step(model)),
         ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The controller's."""
+        return self.controller.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put the controller's state back and make the model ready for the step after it."""
+        self.controller.load_state_dict(state)
+        self.controller.begin(self.model)
 
     def remove(self) -> None:
         """Stop calling the controller."""
@@ -59,6 +77,9 @@ class Attached:
 
 def attach(controller: Controller, model: nn.Module, optimizer: torch.optim.Optimizer) -> Attached:
     """Call `controller` around every step of `optimizer` (an accelerate wrapper is looked through).
+
+    Raises:
+        SlimtuneError: not a torch optimizer, or the controller finds nothing in the model to act on.
 
     Example:
         >>> class Count(Controller):
@@ -73,4 +94,36 @@ def attach(controller: Controller, model: nn.Module, optimizer: torch.optim.Opti
     inner = getattr(optimizer, "optimizer", optimizer)
     if not isinstance(inner, torch.optim.Optimizer):
         raise SlimtuneError(f"attach: expected a torch optimizer, got {type(optimizer).__name__}")
-    return Attached(controller, model, inner)
+    attached = Attached(controller, model, inner)
+    for host in hosts(model).values():
+        for adapter in host.adapters.values():
+            if isinstance(adapter, Adapter):
+                adapter.awaited.discard(type(controller).__name__)
+    return attached
+
+
+def controllers_of(recipe: Recipe, total_steps: int) -> list[Controller]:
+    """The controllers a recipe names, made for a run of `total_steps` optimizer steps; attach each of them.
+
+    Raises:
+        StructureError: a controller that is not defined, or an option it does not have.
+
+    Example:
+        >>> import slimtune as st
+        >>> [type(c).__name__ for c in st.controllers_of(st.singlora(), total_steps=1000)]
+        ['Ramp']
+        >>> st.controllers_of(st.lora(), total_steps=1000)
+        []
+    """
+    table = subclasses(Controller)
+    made = []
+    for name, options in recipe.controllers.items():
+        if name not in table:
+            raise StructureError(f"{recipe.name}: unknown controller {name!r}; known: {', '.join(sorted(table))}")
+        known = inspect.signature(table[name]).parameters
+        for key in options:
+            if key not in known:
+                raise StructureError(f"{recipe.name}: {name} has no option {key!r}; it has {', '.join(known)}")
+        length = {"total_steps": total_steps} if "total_steps" in known else {}
+        made.append(table[name](**length, **options))
+    return made

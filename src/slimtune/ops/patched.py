@@ -70,7 +70,11 @@ class _PatchedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W, bias, scale, dense, gradients, *parameters):
         t = x.dtype
-        y = F.linear(x, _patched(W, scale, dense(parameters), t), None if bias is None else bias.to(t))
+        W_, x2 = _patched(W, scale, dense(parameters), t).t(), x.reshape(-1, x.shape[-1])
+        # F.linear's output may be a view, which would forbid in-place operations on it (nn.ReLU(inplace=True))
+        y = x.new_empty(*x.shape[:-1], W.shape[0])
+        y2 = y.view(-1, W.shape[0])
+        torch.mm(x2, W_, out=y2) if bias is None else torch.addmm(bias.to(t), x2, W_, out=y2)
         ctx.dense, ctx.gradients = dense, gradients
         ctx.save_for_backward(x, W, bias, scale, *parameters)
         return y

@@ -1,0 +1,38 @@
+"""Methods that train a diagonal between frozen factors of the weight."""
+
+from __future__ import annotations
+
+from ..recipe import Recipe
+from ..structures import LDU
+
+__all__ = ["loldu"]
+
+
+def loldu(
+    rank: int = 64,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    unit: bool = True,
+    start: str = "lu",
+    train_scale: bool = True,
+) -> Recipe:
+    """W + (alpha / R) P L diag(sigma z - z0) U with W = P L diag(D) U, the first R columns of L and rows of U.
+
+    LoLDU, Shi et al. 2024, arXiv 2410.13618. W stays as it is; trained are z and sigma, R + 1 numbers per layer.
+
+    Args:
+        rank: R, at most; a layer has no more than min(O, I).
+        alpha: numerator of the scale; R when None, as in the paper.
+        dropout: of the adapter's input, while training; rounded to 1/256.
+        unit: directions of norm 1, which one learning rate fits; false for the factors as published.
+        start: z0: lu, uniform, normal, constant, ones or zeros (see `LDU`).
+        train_scale: train sigma too.
+    """
+    return Recipe(
+        LDU,
+        {"rank": rank, "unit": unit, "start": start, "train_scale": train_scale},
+        alpha=1.0 if alpha is None else alpha / rank,
+        dropout=dropout,
+        name="loldu",
+        learning_rate=1e-2,
+    )
