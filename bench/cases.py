@@ -85,6 +85,58 @@ CASES: dict[str, Case] = {
         _peft_lora(use_rslora=True),
         {"step": {"fp32": 1.06, "bf16": 1.07}, "saved": {"fp32": 158, "bf16": 89}},
     ),
+    "kronecker": Case(
+        lambda st: st.kronecker(),
+        None,
+        {"step": {"fp32": 1.20, "bf16": 1.25}},
+        "SURM's shapes, rank chosen layer by layer.",
+    ),
+    "lokr": Case(
+        lambda st: st.lokr(rank=16),
+        lambda peft: peft.LoKrConfig(r=16, alpha=16, target_modules=TARGETS),
+        {"step": {"fp32": 1.20, "bf16": 1.25}},
+    ),
+    "loha": Case(
+        lambda st: st.loha(rank=16),
+        lambda peft: peft.LoHaConfig(r=16, alpha=16, target_modules=TARGETS),
+        {"step": {"fp32": 1.50, "bf16": 1.55}},
+    ),
+    "lokh": Case(
+        lambda st: st.lokh(),
+        None,
+        {"step": {"fp32": 1.60, "bf16": 1.65}},
+        "A chain of two whole factors.",
+    ),
+    "gralora": Case(
+        lambda st: st.gralora(rank=16, alpha=32, k=2),
+        None,
+        {"step": {"fp32": 1.08, "bf16": 1.10}},
+        "Rank 16 in 2 x 2 blocks.",
+    ),
+    "gralora_hybrid": Case(
+        lambda st: st.gralora(rank=8, alpha=32, k=2, hybrid_rank=8),
+        None,
+        {},
+        "Rank 8 in 2 x 2 blocks and rank 8 beside.",
+    ),
+    "bone": Case(
+        lambda st: st.bone(rank=16),
+        None,
+        {"step": {"fp32": 1.03, "bf16": 1.04}},
+        "MiSS of rank 16.",
+    ),
+    "bone_bat": Case(
+        lambda st: st.bone(rank=64, form="bat"),
+        None,
+        {"step": {"fp32": 1.30, "bf16": 1.30}},
+        "Blocks of 64, one for each 64 outputs; the gradient alone takes one more product of the weight's size.",
+    ),
+    "bone_row": Case(
+        lambda st: st.bone(rank=64, form="row"),
+        None,
+        {"step": {"fp32": 1.12, "bf16": 1.12}},
+        "Blocks of 64, one for each 64 inputs; PEFT has no such form.",
+    ),
 }
 
 GOALS_SET_AT = {"fp32": (120, "0.74 to 0.80 s"), "bf16": (71, "0.46 to 0.48 s")}

@@ -127,9 +127,7 @@ METHODS = [
     ),
     Method("bone-bat", lambda **o: st.bone(rank=2, form="bat", **o), kept=lambda t, o, i: 8),
     Method("bone-row", lambda **o: st.bone(rank=2, form="row", **o), kept=lambda t, o, i: 8),
-    Method(
-        "bone-left", lambda **o: st.bone(rank=2, form="left", **o), kept=lambda t, o, i: 8 * o, outputs=1
-    ),
+    Method("bone-left", lambda **o: st.bone(rank=2, form="left", **o), kept=lambda t, o, i: 8 * o, outputs=1),
     Method("kronecker", lambda **o: st.kronecker(**o), parameters=lambda o, i: o + i),
     Method("lokr", lambda **o: st.lokr(rank=2, decompose_both=True, **o)),
     Method("loha", lambda **o: st.loha(rank=2, alpha=4, **o), parameters=lambda o, i: 4 * (o + i), kept=thin_or_dense),

@@ -3,6 +3,7 @@
 from .additive import Additive
 from .base import Composition, LinearMap
 from .bimagnitude import BiMagnitude, ColumnMagnitude
+from .blockaffine import BlockAffine
 from .magnitude import Magnitude
 
-__all__ = ["Additive", "BiMagnitude", "ColumnMagnitude", "Composition", "LinearMap", "Magnitude"]
+__all__ = ["Additive", "BiMagnitude", "BlockAffine", "ColumnMagnitude", "Composition", "LinearMap", "Magnitude"]

@@ -21,6 +21,9 @@ __all__ = ["Composition", "LinearMap", "version"]
 class LinearMap(ABC):
     """x -> W x + bias, W seen as an (O, I) matrix whatever the layer (a convolution's I counts its kernel)."""
 
+    is_matrix: bool
+    """Whether the layer itself computes x W^T + bias on the last dimension of x, packed weights included."""
+
     @abstractmethod
     def __call__(self, x: Any) -> Tensor:
         """W x + bias, in the layer's own layout."""
