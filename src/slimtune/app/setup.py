@@ -25,6 +25,7 @@ from slimtune.app.method import Method, make_groups
 from slimtune.app.signals import StopRequest
 from slimtune.app.tasks import Task
 from slimtune.app.trainer import SlimTrainer
+from slimtune.controllers import controllers_of
 from slimtune.errors import ConfigError, SlimtuneError
 
 
@@ -114,6 +115,7 @@ def trainer(
             stop=stop,
             events=events,
             progress=progress,
+            controllers=controllers_of(method.recipe, made.max_steps) if method.recipe else (),
             model=task.model,
             args=made,
             data_collator=task.collator,

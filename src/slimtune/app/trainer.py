@@ -23,6 +23,7 @@ from slimtune.app.finite import culprit, first_bad_gradient
 from slimtune.app.resume import RUN_STATE
 from slimtune.app.signals import StopRequest
 from slimtune.app.weights import inside, load_weights, save_weights
+from slimtune.controllers import Controller, attach
 from slimtune.errors import DivergenceError, SlimtuneError
 
 
@@ -32,6 +33,7 @@ class SlimTrainer(Trainer):
     - the optimizer gets `param_groups` as they are;
     - batch norms keep their running statistics, unless everything in their module trains: they are the base's;
     - before each optimizer step loss and gradients are checked; the step does not happen if one is not finite;
+    - the method's controllers are attached to the optimizer; they count its steps, not batches or epochs;
     - a checkpoint holds what trains, optimizer, schedule, random state and `run_state.json`, and is sealed;
     - evaluation leaves the random state as it found it, so that when it happens does not change the training;
     - a stop request is answered after the step, by a checkpoint, on all processes together.
@@ -49,6 +51,7 @@ class SlimTrainer(Trainer):
         stop: StopRequest,
         events: Events,
         progress: Progress,
+        controllers: Sequence[Controller] = (),
         **options: Any,
     ):
         super().__init__(**options)
@@ -61,6 +64,7 @@ class SlimTrainer(Trainer):
         self.stop = stop
         self.events = events
         self.progress = progress
+        self.controllers = {type(c).__name__: c for c in controllers}
         self.clock: Callable[[], float] = lambda: 0.0  # seconds of training, those before a resume included
         self.run_state: dict[str, Any] = {}
         self.split = "validation"
@@ -80,6 +84,11 @@ class SlimTrainer(Trainer):
         if self.optimizer is None:  # type: ignore[has-type]
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer: torch.optim.Optimizer = cls(self.make_groups(self.model), **options)
+            states = self.run_state.get("controllers", {})
+            for name, controller in self.controllers.items():
+                if name in states:
+                    controller.load_state_dict(states[name])
+                attach(controller, self.model, self.optimizer)
         return self.optimizer
 
     def compute_loss(
@@ -158,6 +167,7 @@ class SlimTrainer(Trainer):
         window = self.accelerator.gather(self._tr_loss.reshape(1)).mean().item()
         self.run_state["window"] = {"loss": window, "since": self._globalstep_last_logged}
         self.run_state["train_runtime"] = self.clock()
+        self.run_state["controllers"] = {name: c.state_dict() for name, c in self.controllers.items()}
         self._together(final, lambda: checkpoint.prepare(final) if self.args.should_save else None)
         self._together(final, lambda: self._write(checkpoint.staging(final)))
         self._together(final, lambda: self._publish(run, final) if self.args.should_save else None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..controllers import Ramp
 from ..recipe import Recipe
 from ..structures import Symmetric
 
@@ -35,6 +36,7 @@ def singlora(
         ramp_steps: T itself, instead of the share.
     """
     ramp: dict[str, Any] = {"share": ramp_share} if ramp_steps is None else {"steps": ramp_steps}
+    Ramp(total_steps=1, **ramp)  # refuses bad values before a model is loaded
     return Recipe(
         Symmetric,
         {"rank": rank, "form": form, "init": init},
