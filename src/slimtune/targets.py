@@ -32,9 +32,12 @@ HEADS = ("lm_head", "classifier", "score", "qa_outputs", "head", "heads", "fc", 
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile, DataParallel or DistributedDataParallel, whose names files and targets use."""
+    """The model inside torch.compile, DataParallel, DistributedDataParallel or a PeftModel, whose names files and
+    targets use."""
     while True:
         inner = getattr(model, "_orig_mod", None)
+        if hasattr(type(model), "active_peft_config"):
+            inner = model.get_base_model()  # type: ignore[operator]
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             inner = model.module
         if not isinstance(inner, nn.Module):

@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import InitVar, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import peft
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..compositions import LinearMap
 from ..errors import SlimtuneError, StructureError, TargetError
 from ..io import MARK, PREFIX, Description, check_tensors, describe
-from ..layers import Adapted, Extended, Host, extend, layout_of, own_class, restore
+from ..layers import Adapted, Extended, extend, layout_of, own_class, restore
 from ..merging import check_mergeable
 from ..recipe import Recipe
 from ..targets import check_name
@@ -176,7 +176,7 @@ class SlimtuneLayer(nn.Module, BaseTunerLayer):
         if not names:
             return
         host: Any = self
-        check_mergeable(f"{type(self).__name__}", host)
+        check_mergeable(type(self).__name__, host)
         map: LinearMap = self.layout(self)
         for name in names:
             map = Adapted(self.adapters[name], map, False)  # type: ignore[arg-type]
@@ -205,9 +205,8 @@ class SlimtuneLayer(nn.Module, BaseTunerLayer):
         host: Any = self
         for key in ("_active_adapter", "_disable_adapters", "merged_adapters", "unmerged"):
             self.__dict__.pop(key, None)
-        hooks = self._load_state_dict_post_hooks  # type: ignore[attr-defined]
-        for key in [k for k, hook in hooks.items() if hook is _prepare]:
-            del hooks[key]
+        for hooks in (self._load_state_dict_post_hooks, self._forward_pre_hooks):
+            _drop(hooks, _prepare)
         restore(host)
         return host
 
@@ -222,23 +221,29 @@ class SlimtuneLayer(nn.Module, BaseTunerLayer):
 
 
 @functools.cache
-def _tuner_class(host: type[Host]) -> Any:
+def _tuner_class(host: Any) -> Any:
     return type(host.__name__, (SlimtuneLayer, host), {"__module__": __name__, "__doc__": host.__doc__})
 
 
 def _rebuild(make: Callable[..., nn.Module], arguments: tuple[Any, ...]) -> nn.Module:
     module = make(*arguments)
-    module.__class__ = _tuner_class(type(module))
+    module.__class__ = _tuner_class(type(module))  # type: ignore[arg-type]
     return module
 
 
 @torch.no_grad()
 def _prepare(layer: Any, _: Any) -> None:
-    """Structures fill their own buffers again once tensors have been loaded."""
+    """A hook: structures fill their own buffers once tensors have been loaded, at the first call at the latest."""
     below = layer.map(below="")
     for adapter in layer.adapters.values():
         if not any(t.is_meta for t in adapter.state_dict().values()):
             adapter.structure.prepare(below.weight)
+    _drop(layer._forward_pre_hooks, _prepare)
+
+
+def _drop(hooks: dict[int, Any], hook: Callable[..., Any]) -> None:
+    for key in [k for k, h in hooks.items() if h is hook]:
+        del hooks[key]
 
 
 def _own_key(key: str, adapter: str) -> str | None:
@@ -248,15 +253,24 @@ def _own_key(key: str, adapter: str) -> str | None:
 
 
 class SlimtuneModel(BaseTuner):
-    """The tuner that PEFT makes of a `SlimtuneConfig`.
-
-    `get_base_model()` of a PEFT model is a slimtune model too: `slimtune.summary`, `param_groups`, `attach` and
-    `merged` work on it.
-    """
+    """The tuner that PEFT makes of a `SlimtuneConfig`. Its layers are hosts like any other: `slimtune.summary`,
+    `param_groups`, `attach`, `merged` and `export_peft` take the PeftModel as it is."""
 
     prefix = MARK
     tuner_layer_cls = SlimtuneLayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Attach an adapter; where a layer refuses it, the model is left as it was."""
+        self.awaited: set[str] = set()  # one for all layers: what is missing is told once
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except SlimtuneError:
+            for layer in [m for m in model.modules() if isinstance(m, SlimtuneLayer)]:
+                layer.adapters._modules.pop(adapter_name, None)
+                if not layer.adapters:
+                    layer.unload_and_optionally_merge_module(False, False, None)
+            raise
 
     def _create_and_replace(
         self,
@@ -271,17 +285,21 @@ class SlimtuneModel(BaseTuner):
         check_name(adapter_name)
         if MARK in current_key:
             raise TargetError(f"{current_key!r}: PEFT would take a module whose path holds {MARK!r} for an adapter")
-        assert peft_config.recipe is not None
         saved = peft_config.description.layers.get(current_key)
-        recipe = saved.recipe if saved else peft_config.recipe.for_layer(current_key)
+        recipe = saved.recipe if saved else peft_config.description.recipe.for_layer(current_key)
         adapter = build_adapter(target, current_key, recipe)
+        self.awaited |= set(recipe.controllers)
+        adapter.awaited = self.awaited
         layer = target if isinstance(target, SlimtuneLayer) else _adopt(target, current_key)
         if layer.merged:
             layer.unmerge()
         if not any(p.is_meta for p in adapter.parameters()):
             adapter.initialize(layer.map(below=adapter_name))
-        if saved and not adapter.scale.is_meta:
-            adapter.scale.fill_(saved.scale)
+        if saved:
+            # transformers does not load by load_state_dict, whose hook `_adopt` sets
+            layer.register_forward_pre_hook(_prepare)
+            if not adapter.scale.is_meta:
+                adapter.scale.fill_(saved.scale)
         layer.adapters[adapter_name] = adapter
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
@@ -309,7 +327,7 @@ class SlimtuneModel(BaseTuner):
         base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
         config.description = replace(
             describe(base, adapter_name),
-            recipe=config.recipe,
+            recipe=config.description.recipe,
             saved=[
                 name
                 for name, module in base.named_modules()
@@ -341,14 +359,16 @@ class SlimtuneModel(BaseTuner):
 def _adopt(target: nn.Module, name: str) -> SlimtuneLayer:
     """Make a layer of the model a tuner layer, in place and without adapters yet."""
     if isinstance(target, Extended):
-        raise TargetError(f"{name!r} already carries a slimtune adapter; merge or remove it before PEFT takes the model")
+        raise TargetError(f"{name!r} carries a slimtune adapter; merge or remove it before PEFT takes the model")
     host: Any = extend(target, layout_of(own_class(target)))
-    host.__class__ = _tuner_class(type(host))
+    host.__class__ = _tuner_class(type(host))  # type: ignore[arg-type]
     host.active_adapters, host.merged_adapters, host.unmerged = [], [], []
     host.register_load_state_dict_post_hook(_prepare)
     return host
 
 
+if not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):
+    raise SlimtuneError(f"slimtune.hf needs PEFT 0.21 or later, found {peft.__version__}")
 PEFT_TYPE_TO_CONFIG_MAPPING[SLIMTUNE] = SlimtuneConfig
 PEFT_TYPE_TO_TUNER_MAPPING[SLIMTUNE] = SlimtuneModel
 PEFT_TYPE_TO_PREFIX_MAPPING[SLIMTUNE] = SlimtuneModel.prefix
