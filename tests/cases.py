@@ -133,6 +133,18 @@ METHODS = [
     Method("loha", lambda **o: st.loha(rank=2, alpha=4, **o), parameters=lambda o, i: 4 * (o + i), kept=thin_or_dense),
     Method("lokh", lambda **o: st.lokh(alpha=2, **o), kept=thin_or_dense),
     Method("lokh-rows", lambda **o: st.lokh(rank=2, alpha=8, orientation="rows", **o), kept=thin_or_dense),
+    Method("circulant", lambda **o: st.circulant(**o), parameters=lambda o, i: 2 * max(o, i), kept=lambda t, o, i: 8),
+    Method("circulant-one", lambda **o: st.circulant(hadamard=False, **o), parameters=lambda o, i: max(o, i)),
+    Method("toeplitz", lambda **o: st.toeplitz(alpha=2, **o), parameters=lambda o, i: 2 * max(o, i)),
+    Method("toeplitz-general", lambda **o: st.toeplitz(form="general", **o), parameters=lambda o, i: o + i - 1),
+    Method("ldr", lambda **o: st.ldr(**o), parameters=lambda o, i: 4 * max(o, i), kept=lambda t, o, i: 8),
+    Method(
+        "c3a",
+        lambda **o: st.c3a(block=2, **o),
+        parameters=lambda o, i: 2 * -(-o // 2) * -(-i // 2),
+        kept=lambda t, o, i: 8,
+    ),
+    Method("c3a-published", lambda **o: st.c3a(block=3, normalization="published", **o)),
 ]
 
 

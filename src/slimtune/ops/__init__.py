@@ -1,26 +1,62 @@
 """Layer 0: tensors in, tensors out."""
 
+from .circulant import (
+    block_circulant_gradient,
+    block_circulant_matrix,
+    block_circulant_product,
+    circulant_gradient,
+    circulant_matrix,
+    circulant_product,
+    ldr_product,
+    skew_circulant_matrix,
+    skew_product,
+)
 from .dropout import draw_seed, dropped, keep_probability, replayed_dropout
 from .ldu import diagonal_linear, ldu, pivot_rows
 from .lowrank import lowrank_linear, row_square_after_update
 from .patched import patched_linear
 from .products import hadamard_factors, khatri_rao, kronecker_linear
+from .recomputed import recomputed
 from .squares import column_square_after_update, square_rmatmul
+from .toeplitz import (
+    displaced_matrix,
+    fft_length,
+    spectral_dtype,
+    toeplitz_gradient,
+    toeplitz_matrix,
+    toeplitz_product,
+)
 
 __all__ = [
+    "block_circulant_gradient",
+    "block_circulant_matrix",
+    "block_circulant_product",
+    "circulant_gradient",
+    "circulant_matrix",
+    "circulant_product",
     "column_square_after_update",
     "diagonal_linear",
+    "displaced_matrix",
     "draw_seed",
     "dropped",
+    "fft_length",
     "hadamard_factors",
     "keep_probability",
     "khatri_rao",
     "kronecker_linear",
+    "ldr_product",
     "ldu",
     "lowrank_linear",
     "patched_linear",
     "pivot_rows",
+    "recomputed",
     "replayed_dropout",
     "row_square_after_update",
+    "skew_circulant_matrix",
+    "skew_product",
+    "spectral_dtype",
     "square_rmatmul",
+    "toeplitz_gradient",
+    "toeplitz_matrix",
+    "toeplitz_product",
 ]

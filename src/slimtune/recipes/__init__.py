@@ -5,6 +5,7 @@ from collections.abc import Callable
 from ..recipe import Recipe
 from .blocks import bone, gralora
 from .bora import bora
+from .circulant import c3a, circulant, ldr, toeplitz
 from .ldu import loldu
 from .lowrank import dora, lora, rslora
 from .products import kronecker, loha, lokh, lokr
@@ -13,9 +14,12 @@ from .symmetric import singlora
 __all__ = [
     "bone",
     "bora",
+    "c3a",
+    "circulant",
     "dora",
     "gralora",
     "kronecker",
+    "ldr",
     "loha",
     "lokh",
     "lokr",
@@ -23,6 +27,7 @@ __all__ = [
     "lora",
     "rslora",
     "singlora",
+    "toeplitz",
 ]
 
 RECIPES: dict[str, Callable[..., Recipe]] = {name: globals()[name] for name in __all__}

@@ -1,7 +1,9 @@
 """Layer 1: what a change of a weight looks like. One file per family, named by mathematics."""
 
 from .base import Factored, Structure
+from .blockcirculant import BlockCirculant
 from .blocklowrank import BlockLowRank
+from .circulant import LDR, Circulant
 from .hadamard import Hadamard
 from .khatrirao import KhatriRao
 from .kronecker import Kronecker
@@ -10,11 +12,15 @@ from .lowrank import LowRank
 from .sum import Sum
 from .symmetric import Symmetric
 from .tiled import BlockTiled, Tiled
+from .toeplitz import Toeplitz, ToeplitzProduct
 
 __all__ = [
+    "LDR",
     "LDU",
+    "BlockCirculant",
     "BlockLowRank",
     "BlockTiled",
+    "Circulant",
     "Factored",
     "Hadamard",
     "KhatriRao",
@@ -24,4 +30,6 @@ __all__ = [
     "Sum",
     "Symmetric",
     "Tiled",
+    "Toeplitz",
+    "ToeplitzProduct",
 ]

@@ -52,13 +52,17 @@ class Structure(nn.Module, ABC):
     def dense(self) -> Tensor:
         """dW, (O, I): the definition."""
 
+    def matrix(self) -> Tensor:
+        """dW, (O, I), as `linear` builds it. Override with a faster way of computing `dense`."""
+        return self.dense()
+
     def forward(self, x: Tensor) -> Tensor:  # (*T, I) -> (*T, O)
         """x dW^T. Override with a faster way of computing the same."""
-        return F.linear(x, self.dense().to(x.dtype))
+        return F.linear(x, self.matrix().to(x.dtype))
 
     def columns(self, index: Tensor) -> Tensor:  # (*T) of 0 .. I-1 -> (*T, O)
         """dW[:, index], the change of an embedding's entries. Override where a column costs less than dW."""
-        return F.embedding(index, self.dense().t())
+        return F.embedding(index, self.matrix().t())
 
     def linear(
         self,
@@ -82,7 +86,7 @@ class Structure(nn.Module, ABC):
                     bias,
                     scale,
                     list(own.values()),
-                    lambda new: self._with(list(own), new, self.dense),
+                    lambda new: self._with(list(own), new, self.matrix),
                     lambda new, x, g: self._with(list(own), new, lambda: self.gradients(x, g)),
                 )
         y = F.linear(x, W, bias)
