@@ -49,19 +49,21 @@ class RealTask:
 
 
 TASKS: dict[str, RealTask] = {
-    "trec": RealTask("TREC, accuracy", "trec.yaml", ("per_device_train_batch_size=8", "max_steps=400"), "accuracy"),
+    "trec": RealTask("TREC, accuracy", "trec.yaml", ("per_device_train_batch_size=8", "max_steps=300"), "accuracy"),
     "cola": RealTask("CoLA, Matthews", "cola.yaml", ("per_device_train_batch_size=8", "max_steps=500"), "mcc"),
-    "rte": RealTask("RTE, accuracy", "rte.yaml", ("max_length=80", "max_steps=250"), "accuracy"),
+    "rte": RealTask(
+        "RTE, accuracy", "rte.yaml", ("max_length=80", "max_steps=200", "max_eval_samples=300"), "accuracy"
+    ),
     "jpeg_cifar": RealTask(
         "JPEG-CIFAR, accuracy",
         "jpeg_cifar.yaml",
-        ("per_device_train_batch_size=64", "max_steps=160", "modules_to_save=[linear]"),
+        ("per_device_train_batch_size=64", "max_steps=120", "modules_to_save=[linear]", "max_eval_samples=2500"),
         "accuracy",
     ),
     "shakespeare": RealTask(
         "Shakespeare, nats",
         "shakespeare.yaml",
-        ("per_device_train_batch_size=8", "max_steps=250"),
+        ("per_device_train_batch_size=8", "max_steps=150"),
         "loss",
         "base",
         False,
