@@ -118,8 +118,9 @@ class _LowRankLinear(torch.autograd.Function):
         t, shape = x.dtype, x.shape
         W_, A_, B_, s = _as(W, t), _as(A, t), _as(B, t), _as(scale, t)
         x2 = x.reshape(-1, shape[-1])  # (T, I)
-        if column_scale is not None:
-            x2 = x2 * _as(column_scale, t)
+        e = None if column_scale is None else _as(column_scale, t)
+        if e is not None:
+            x2 = x2 * e
         z = dropped(x2, dropout, seed) if dropout else x2
         h = (z @ A_.t()).mul_(s / keep_probability(dropout) if dropout else s)  # (T, R)
         if rank_mask is not None:
@@ -146,23 +147,24 @@ class _LowRankLinear(torch.autograd.Function):
                 u = y
             ctx.u_is_output = u is y
         ctx.dropout, ctx.seed = dropout, seed
-        ctx.save_for_backward(x, W, bias, B, A, scale, row_scale, h, u, rank_mask, column_scale)
+        ctx.save_for_backward(x, W, bias, B, A, scale, row_scale, column_scale, h, u, rank_mask, d, e)
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, W, bias, B, A, scale, row_scale, h, u, rank_mask, column_scale = ctx.saved_tensors
+        x, W, bias, B, A, scale, row_scale, column_scale, h, u, rank_mask, d, e = ctx.saved_tensors
         need_x, _, _, need_B, need_A, _, need_d, *_, need_e = ctx.needs_input_grad
         t = x.dtype
         g = grad.reshape(-1, grad.shape[-1])  # (T, O)
         x2 = x.reshape(-1, x.shape[-1])
         A_, B_, s = _as(A, t), _as(B, t), _as(scale, t)
-        e = None if column_scale is None else _as(column_scale, t)
         factor = s / keep_probability(ctx.dropout) if ctx.dropout else s
         mask = kept(x2, ctx.dropout, ctx.seed) if ctx.dropout and (need_A or need_x or need_e) else None
         u_is_output = row_scale is not None and ctx.u_is_output
         again = torch.is_grad_enabled()  # a second derivative: kept products are constants to autograd
         if again:
+            d = None if row_scale is None else _as(row_scale, t)
+            e = None if column_scale is None else _as(column_scale, t)
             z = x2 if e is None else x2 * e
             h = (z if mask is None else z * mask) @ A_.t() * factor
             if rank_mask is not None:
@@ -170,25 +172,32 @@ class _LowRankLinear(torch.autograd.Function):
             if u is not None:
                 u, u_is_output = F.linear(z, _as(W, t), None if bias is None else _as(bias, t)) + h @ B_.t(), False
         grad_d = None
-        if row_scale is not None:
+        if d is not None:
             if need_d:
                 grad_d = torch.linalg.vecdot(g, u.reshape(g.shape), dim=0).to(row_scale.dtype)
                 if bias is not None:
                     grad_d -= bias * g.sum(0, dtype=grad_d.dtype)
                 if u_is_output:
-                    grad_d /= _floored(row_scale, t)
-            g = g * _as(row_scale, t)
+                    grad_d /= d
+            B_ = d[:, None] * B_
         q = (g @ B_).mul_(factor)  # (T, R): the gradient of z A^T
         if rank_mask is not None:
             q.mul_(rank_mask)
-        grad_B = (h.t() @ g).t().to(B.dtype) if need_B else None
+        grad_B = None
+        if need_B:
+            grad_B = (h.t() @ g).t().to(B.dtype)
+            if d is not None:
+                grad_B = grad_B * d[:, None]
         grad_A = grad_x = grad_e = None
         if need_A:
             grad_A = (q.t() @ (x2 if mask is None else x2 * mask)).to(A.dtype)
             if e is not None:
-                grad_A = grad_A * column_scale.to(A.dtype)
+                grad_A = grad_A * e
         if need_x or need_e:
-            grad_x = g @ _as(W, t)  # of z
+            W_ = _as(W, t)
+            if d is not None:  # the smaller of the two temporaries
+                W_, g = (d[:, None] * W_, g) if len(g) > W.shape[1] else (W_, g * d)
+            grad_x = g @ W_  # of z
             if mask is None:
                 grad_x.addmm_(q, A_)
             else:
@@ -204,11 +213,6 @@ class _LowRankLinear(torch.autograd.Function):
         return grad_x, None, None, grad_B, grad_A, None, grad_d, None, None, None, grad_e
 
 
-def _floored(d: Tensor, dtype: torch.dtype) -> Tensor:
-    floor = torch.finfo(dtype).tiny ** 0.5
-    return torch.where(d.abs() < floor, floor, d)
-
-
 def row_square_after_update(
     row_square: Tensor,  # (O,)  |W|_row^2
     WA: Tensor,  # (O, R)  W A^T
@@ -221,7 +225,5 @@ def row_square_after_update(
     At least fp32; clamped at 0, below which only rounding can bring it.
     """
     t = torch.promote_types(row_square.dtype, torch.float32)
-    B, A, s = B.to(t), A.to(t), scale.to(t)
-    cross = (WA.to(t) * B).sum(1)
-    square = ((B @ (A @ A.t())) * B).sum(1)
-    return (row_square.to(t) + 2 * s * cross + s * s * square).clamp_min(0)
+    A, C = A.to(t), scale.to(t) * B.to(t)
+    return (row_square.to(t) + (torch.addmm(WA.to(t), C, A @ A.t(), beta=2) * C).sum(1)).clamp_min(0)

@@ -29,12 +29,14 @@ def square_rmatmul(W: Tensor, v: Tensor) -> Tensor:
 
 def _product(W: Tensor, v: Tensor, transposed: bool) -> Tensor:
     """(W * W)^T v or (W * W) v."""
-    step = max(1, (1 << (20 if W.device.type == "cpu" else 24)) // max(1, W.shape[1]))
+    # on a CPU a piece stays in the cache
+    step = max(1, (1 << (18 if W.device.type == "cpu" else 24)) // max(1, W.shape[1]))
+    pieces = (rows.square() if rows.dtype == v.dtype else rows.to(v.dtype).square_() for rows in W.split(step))
     if not transposed:
-        return torch.cat([rows.to(v.dtype).square() @ v for rows in W.split(step)])
+        return torch.cat([rows @ v for rows in pieces])
     total = v.new_zeros(W.shape[1])
-    for rows, share in zip(W.split(step), v.split(step), strict=True):
-        total = total + share @ rows.to(v.dtype).square()
+    for rows, share in zip(pieces, v.split(step), strict=True):
+        total += share @ rows
     return total
 
 
@@ -68,7 +70,7 @@ def column_square_after_update(
     At least fp32; clamped at 0, below which only rounding can bring it (v >= 0).
     """
     t = torch.promote_types(square.dtype, torch.float32)
-    B, A, s = B.to(t), A.to(t), scale.to(t)
-    cross = (A * WvB.to(t).t()).sum(0)
-    own = (A * ((v.to(t)[:, None] * B).t() @ B @ A)).sum(0)
-    return (square.to(t) + 2 * s * cross + s * s * own).clamp_min(0)
+    A, C = A.to(t), scale.to(t) * B.to(t)
+    core = C.t() @ (v.to(t)[:, None] * C)  # (R, R)
+    twice = torch.addmm(scale.to(t) * WvB.to(t).t(), core, A, beta=2)
+    return (square.to(t) + (twice * A).sum(0)).clamp_min(0)
