@@ -11,8 +11,8 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Container, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from .files import (
     read_tensors,
     write_files,
 )
-from .layers import Adapter, Extended, own_class
+from .layers import Adapter, Extended, Host, own_class
 from .recipe import Recipe
 from .targets import check_free, hosts, own_modules, require_adapter, saved_modules, unwrapped
 from .verbs import attach_adapters, build_adapter, prepare
@@ -83,6 +83,10 @@ class LayerEntry:
 
     recipe: Recipe
     scale: float
+    kind: str | None = None
+    """What the layer is ("Linear", transformers' "Conv1D", "Conv", "Embedding"), if that and its shape say it all."""
+    shape: tuple[int, ...] | None = None
+    """(O, I), or the shape of a convolution's kernel."""
 
 
 @dataclass
@@ -102,6 +106,8 @@ class Description:
                 "alpha": entry.recipe.alpha,
                 "options": dict(entry.recipe.options),
             }
+            if entry.kind and entry.shape:
+                entries[name] |= {"kind": entry.kind, "shape": list(entry.shape)}
         return {"recipe": self.recipe.to_dict(), "layers": entries, "modules_to_save": self.saved}
 
     @classmethod
@@ -119,7 +125,10 @@ class Description:
                     "options": entry["options"],
                     "overrides": {},
                 }
-                layers[name] = LayerEntry(Recipe.from_dict(own), float(scale))
+                kind, shape = entry.get("kind"), entry.get("shape")
+                if shape is not None and not _is_shape(shape):
+                    raise FileFormatError(f"{where}: {name}: shape must be a list of sizes, got {str(shape)[:80]}")
+                layers[name] = LayerEntry(Recipe.from_dict(own), float(scale), kind, shape and tuple(shape))
             saved = data["modules_to_save"]
             if not isinstance(saved, list) or not all(isinstance(n, str) for n in saved):
                 raise FileFormatError(f"{where}: modules_to_save must be a list of names, got {saved!r}")
@@ -128,6 +137,18 @@ class Description:
         except StructureError as e:
             raise FileFormatError(f"{where}: {e}") from None
         return cls(recipe, layers, saved)
+
+
+def _is_shape(shape: object) -> bool:
+    whole = isinstance(shape, list) and 2 <= len(shape) <= 5
+    return whole and all(type(n) is int and 0 < n < 2**31 for n in shape)  # type: ignore[attr-defined]
+
+
+def _kind(host: Host) -> tuple[str | None, tuple[int, ...] | None]:
+    if getattr(host, "groups", 1) != 1:
+        return None, None
+    shape = host.layout.sizes(host) if host.weight.dim() == 2 else tuple(host.weight.shape)
+    return host.layout.__name__.removesuffix("Layout"), shape
 
 
 def describe(model: nn.Module, name: str = "default") -> Description:
@@ -142,7 +163,7 @@ def describe(model: nn.Module, name: str = "default") -> Description:
             )
         recipe = adapter.recipe
         data = recipe.to_dict() | {"options": adapter.structure.options()}
-        layers[layer] = LayerEntry(Recipe.from_dict(data), float(adapter.scale))
+        layers[layer] = LayerEntry(Recipe.from_dict(data), float(adapter.scale), *_kind(host))
         recipes.append(layers[layer].recipe)
     if not recipes:
         raise AdapterNameError(f"adapter {name!r} changes no layer")
@@ -189,7 +210,7 @@ def own_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     return {k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
 
 
-def _split(key: str, names: Container[str]) -> tuple[str, str]:
+def split_key(key: str, names: Container[str]) -> tuple[str, str]:
     """(the module of `names` that a key belongs to, the rest of the key); ("", key) if there is none."""
     end = key.find(".")
     while end > 0 and key[:end] not in names:
@@ -201,13 +222,13 @@ def to_file(description: Description, tensors: Mapping[str, Tensor]) -> dict[str
     """Tensors under slimtune's own keys as a file holds them: as PEFT writes them for `slimtune.hf.SlimtuneConfig`."""
     stored = {}
     for key, t in tensors.items():
-        layer, rest = _split(key, description.layers)
+        layer, rest = split_key(key, description.layers)
         if layer:
             stored[f"{PREFIX}{layer}.{MARK}.{rest}"] = t
             if t.is_floating_point():
                 stored[f"{PREFIX}{layer}.{MARK}.scale"] = torch.tensor(description.layers[layer].scale, dtype=t.dtype)
         else:
-            module, rest = _split(key, description.saved)
+            module, rest = split_key(key, description.saved)
             stored[f"{PREFIX}{module}.{rest.removeprefix('saved.')}"] = t
     return stored
 
@@ -219,14 +240,14 @@ def from_file(
     layers, tensors = dict(description.layers), {}
     for key, t in stored.items():
         bare = key.removeprefix(PREFIX)
-        layer, rest = _split(bare, layers)
-        module, whole = _split(bare, description.saved)
+        layer, rest = split_key(bare, layers)
+        module, whole = split_key(bare, description.saved)
         if bare == key:  # written by slimtune 0.1
             tensors[key] = t
         elif layer and rest == f"{MARK}.scale":
             if t.numel() != 1:
                 raise FileFormatError(f"{path}: {key} has shape {tuple(t.shape)}, expected ()")
-            layers[layer] = LayerEntry(layers[layer].recipe, float(t))
+            layers[layer] = replace(layers[layer], scale=float(t))
         elif layer and rest.startswith(f"{MARK}."):
             tensors[f"{layer}.{rest.removeprefix(MARK + '.')}"] = t
         elif module:
@@ -340,11 +361,23 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
         UninitializedError: tensors on the meta device.
         SlimtuneError: tensors that are not finite, or a folder that cannot be written.
     """
+    save_as(model, path, name, base, lambda description, tensors: (description, tensors))
+
+
+def save_as(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    name: str,
+    base: str | None,
+    change: Callable[[Description, dict[str, Tensor]], tuple[Description, dict[str, Tensor]]],
+) -> None:
+    """`save` what `change` makes of the adapter's description and tensors."""
     from . import peft_format
 
     model = unwrapped(model)
-    description = describe(model, name)
-    tensors = own_tensors(model, name)
+    if getattr((getattr(model, "peft_config", None) or {}).get(name), "modules_to_save", None):
+        raise SlimtuneError(f"{path}: not saved: PEFT holds modules_to_save; use its save_pretrained, which load reads")
+    description, tensors = change(describe(model, name), own_tensors(model, name))
     for key, t in tensors.items():
         if t.is_floating_point() and not t.isfinite().all():
             raise SlimtuneError(f"{path}: not saved: {key} is not finite")

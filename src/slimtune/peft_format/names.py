@@ -1,0 +1,59 @@
+"""Names as PEFT reads them: suffixes of module names, and tables keyed by patterns."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ..errors import FileFormatError
+
+__all__ = ["literal_targets", "lookup", "pattern_table", "suffix_hits"]
+
+
+def suffix_hits(suffix: str, names: list[str]) -> list[str]:
+    """The names that are `suffix` or end in `.suffix`."""
+    return [n for n in names if n == suffix or n.endswith(f".{suffix}")]
+
+
+def literal_targets(model: nn.Module, names: list[str]) -> list[str] | str:
+    """Full names; PEFT takes them as suffixes, so a regular expression where a suffix would catch more."""
+    everything = [n for n, _ in model.named_modules() if ".adapters" not in n and not n.startswith("adapters")]
+    if all(set(suffix_hits(n, everything)) <= set(names) for n in names):
+        return names
+    return "|".join(re.escape(n) for n in names)
+
+
+def pattern_table(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """Entries that differ from the default; anchored where PEFT would take the name for a suffix of another."""
+    pattern = {}
+    for name, value in values.items():
+        if value != default:
+            caught = {values[n] for n in suffix_hits(name, list(values))}
+            pattern[name if caught == {value} else f"^{name}"] = value
+    return pattern
+
+
+def lookup(entries: Any, name: str, default: Any, where: str) -> Any:
+    """The value of the first entry of a pattern table that fits a module's name, as PEFT looks it up."""
+    if not entries:
+        return default
+    if not isinstance(entries, Mapping):
+        raise FileFormatError(f"{where} must be a table, got {type(entries).__name__}")
+    for key, value in entries.items():
+        if _fits(key, name, where):
+            return value
+    return default
+
+
+# literals, dots, `.*`, `\d+`, `[0-9]+` and one level of alternatives: enough for what PEFT users write, and no
+# nested repetition, so matching a name stays cheap
+_SAFE = re.compile(r"\^?(?:[\w-]|\\\.|\\d\+|\[0-9\]\+|\.\*|\.|\((?:[\w-]|\\\.)+(?:\|(?:[\w-]|\\\.)+)*\))*\$?", re.ASCII)
+
+
+def _fits(key: str, name: str, where: str) -> bool:
+    if len(key) > 300 or not _SAFE.fullmatch(key) or key.count(".*") + key.count("+") > 4:
+        raise FileFormatError(f"{where}: {key[:80]!r} is not a name or a simple pattern")
+    return re.match(rf"(.*\.)?({key})$", name) is not None
