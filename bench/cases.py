@@ -137,6 +137,16 @@ CASES: dict[str, Case] = {
         {"step": {"fp32": 1.12, "bf16": 1.12}},
         "Blocks of 64, one for each 64 inputs; PEFT has no such form.",
     ),
+    "circulant": Case(lambda st: st.circulant(), None, {"step": {"fp32": 1.20, "bf16": 1.35}}),
+    "toeplitz": Case(lambda st: st.toeplitz(), None, {"step": {"fp32": 1.50, "bf16": 1.8}}),
+    "toeplitz_general": Case(lambda st: st.toeplitz(form="general"), None, {"step": {"fp32": 1.50, "bf16": 1.8}}),
+    "ldr": Case(lambda st: st.ldr(), None, {"step": {"fp32": 1.60, "bf16": 1.9}}, "Two terms."),
+    "c3a": Case(
+        lambda st: st.c3a(block=64),
+        None,
+        {"step": {"fp32": 1.30, "bf16": 1.40}},
+        "Blocks of 64.",
+    ),
 }
 
 GOALS_SET_AT = {"fp32": (120, "0.74 to 0.80 s"), "bf16": (71, "0.46 to 0.48 s")}

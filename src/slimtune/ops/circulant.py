@@ -114,7 +114,7 @@ def _blocks(x: Tensor, count: int, b: int) -> Tensor:
 
 def block_circulant_product(x: Tensor, w: Tensor, out_features: int) -> Tensor:
     """x dW^T by FFT for dW the upper left corner of the matrix of w (Km, Kn, N): (*T, I) -> (*T, O)."""
-    m, n, b = w.shape
+    _, n, b = w.shape
     t = spectral_dtype(x.dtype)
     X, K = torch.fft.rfft(_blocks(x, n, b)), torch.fft.rfft(w.to(t))
     y = torch.fft.irfft(torch.einsum("...nf,mnf->...mf", X, K.conj()), b)

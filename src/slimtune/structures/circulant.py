@@ -32,8 +32,8 @@ class Circulant(Spectral):
     circulant of their cyclic convolution: b only gives a start at zero. Starts: a ~ N(0, std^2), b = 0, so that b
     alone receives a gradient at the first step; or c = 0.
 
-    Parameters are 2 N numbers, or N without the factor. A training step with rows enough is one GEMM with W + s dW and two FFTs of
-    N per row for the gradient, O(N log N); few rows go through FFTs alone. N with large prime factors is slow.
+    Parameters `a`, `b` (N,), or `c` (N,) alone. A training step with rows enough is one GEMM with W + s dW and two
+    FFTs of N per row for the gradient; few rows go through FFTs alone. N with large prime factors is slow.
 
     Args:
         hadamard: c = a * b, as published; False trains c itself.
@@ -48,6 +48,10 @@ class Circulant(Spectral):
         >>> structure.dense().tolist()
         [[1.0, 3.0], [2.0, 1.0], [3.0, 2.0]]
     """
+
+    a: Tensor
+    b: Tensor
+    c: Tensor
 
     def __init__(
         self,
@@ -142,6 +146,7 @@ class LDR(Spectral):
     """
 
     fast_parameters = ("g",)
+    passes = 12
     pulls_product = True
 
     def __init__(
@@ -159,20 +164,13 @@ class LDR(Spectral):
             raise StructureError(f"LDR: terms must be a whole number of at least 1, got {terms!r}")
         _check_std("LDR", std)
         self.std = float(std)
+        self.transforms = 2 + 4 * terms  # a complex one counts for two
         self.g = nn.Parameter(torch.empty(terms, self.length, device=device, dtype=dtype))
         self.h = nn.Parameter(torch.empty(terms, self.length, device=device, dtype=dtype))
 
     @property
     def length(self) -> int:
         return max(self.out_features, self.in_features)
-
-    @property
-    def passes(self) -> int:  # type: ignore[override]
-        return 12
-
-    @property
-    def work(self) -> float:
-        return super().work * (1 + 2 * self.g.shape[0])  # some of them complex
 
     def tensors(self) -> tuple[Tensor, ...]:
         return self.g, self.h
@@ -193,7 +191,8 @@ class LDR(Spectral):
         return displaced_matrix(row, column, (-2 * g[:, 1:O]).t() @ h[:, n - I + 1 :].flip(1))
 
     def product(self, x: Tensor, *parameters: Tensor) -> Tensor:
-        return ldr_product(x, *parameters, self.out_features)
+        g, h = parameters
+        return ldr_product(x, g, h, self.out_features)
 
     def reset_parameters(self) -> None:
         with torch.no_grad():

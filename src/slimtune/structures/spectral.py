@@ -22,13 +22,13 @@ class Spectral(Structure):
     that is done anyway. The chain serves few rows and dropout; it keeps x alone for the backward pass.
     """
 
-    transforms: ClassVar[int] = 2
-    """Transforms in `product`."""
+    transforms: int = 2
+    """Real transforms in `product`."""
 
-    passes: int = 1
+    passes: ClassVar[int] = 1
     """Times that `matrix` writes dW."""
 
-    pulls_product: bool = False
+    pulls_product: ClassVar[bool] = False
     """Whether the gradients are taken from g^T x."""
 
     @property

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import StructureError
 from ..ops import displaced_matrix, fft_length, toeplitz_gradient, toeplitz_matrix, toeplitz_product
 from .circulant import _check_std
 from .spectral import Spectral
@@ -22,9 +21,9 @@ class Toeplitz(Spectral):
     symmetric matrices only. Starts at d = 0.
 
     Parameter `diagonals` d (O + I - 1,), from the lower left corner to the upper right one: the first column of dW is
-    d[:O] backwards, its first row d[O-1:]. A training step in fp32 with rows enough is one GEMM with W + s dW and two FFTs of at least O + I - 1
-    per row for the gradient; in 16 bit the gradient comes from g^T x, which is cheaper there. Few rows go through
-    FFTs alone.
+    d[:O] backwards, its first row d[O-1:]. A training step in fp32 with rows enough is one GEMM with W + s dW and two
+    FFTs of at least O + I - 1 per row for the gradient; in 16 bit the gradient comes from g^T x, which is cheaper
+    there. Few rows go through FFTs alone.
 
     Example:
         >>> structure = Toeplitz(2, 3)
@@ -60,7 +59,7 @@ class Toeplitz(Spectral):
         return toeplitz_matrix(self.diagonals, self.in_features)
 
     def product(self, x: Tensor, *parameters: Tensor) -> Tensor:
-        return toeplitz_product(x, *parameters, self.out_features)
+        return toeplitz_product(x, parameters[0], self.out_features)
 
     def columns(self, index: Tensor) -> Tensor:
         i = torch.arange(self.out_features, device=self.diagonals.device)
@@ -102,6 +101,7 @@ class ToeplitzProduct(Spectral):
     """
 
     fast_parameters = ("b",)
+    passes = 12
     transforms = 4
     pulls_product = True
 
@@ -128,10 +128,6 @@ class ToeplitzProduct(Spectral):
     @property
     def length(self) -> int:
         return fft_length(2 * self.order - 1)
-
-    @property
-    def passes(self) -> int:  # type: ignore[override]
-        return 12
 
     def tensors(self) -> tuple[Tensor, ...]:
         return self.a, self.b
