@@ -6,8 +6,8 @@ A new method is one row in METHODS. A row says how to make its recipe at a small
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -25,8 +25,8 @@ class Method:
 
     id: str
     recipe: Callable[..., st.Recipe]
-    peft: dict | None = None
-    """LoraConfig fields that make PEFT build the same adapter, if PEFT is right."""
+    peft: Callable[..., Any] | None = None
+    """peft(module, **fields): PEFT's config of the same adapter, if PEFT is right."""
     parameters: Callable[[int, int], int] | None = None
     """The paper's count for (O, I)."""
     refuses: Mapping[str, str] = field(default_factory=dict)
@@ -50,21 +50,21 @@ METHODS = [
     Method(
         "lora",
         lambda **o: st.lora(rank=3, alpha=4, **o),
-        {"r": 3, "lora_alpha": 4},
+        lambda peft, **o: peft.LoraConfig(r=3, lora_alpha=4, **o),
         lambda o, i: 3 * (o + i),
         rank_dropout=True,
     ),
     Method(
         "rslora",
         lambda **o: st.rslora(rank=3, alpha=4, **o),
-        {"r": 3, "lora_alpha": 4, "use_rslora": True},
+        lambda peft, **o: peft.LoraConfig(r=3, lora_alpha=4, use_rslora=True, **o),
         lambda o, i: 3 * (o + i),
         rank_dropout=True,
     ),
     Method(
         "dora",
         lambda **o: st.dora(rank=3, alpha=4, **o),
-        {"r": 3, "lora_alpha": 4, "use_dora": True},
+        lambda peft, **o: peft.LoraConfig(r=3, lora_alpha=4, use_dora=True, **o),
         lambda o, i: 3 * (o + i) + o,
         rank_dropout=True,
         exact=False,
@@ -94,6 +94,14 @@ METHODS = [
         lambda **o: st.bora(rank=3, alpha=4, detach=False, **o),
         rank_dropout=True,
         kept=lambda t, o, i: 2 * t * 3 + 8 * (o + i) * 3 + 16 * (o + i),
+        outputs=1,
+    ),
+    Method(  # not of low rank
+        "bora-kronecker",
+        lambda **o: replace(st.kronecker(**o), composition=st.BiMagnitude),
+        parameters=lambda o, i: 2 * (o + i),
+        exact=False,
+        kept=lambda t, o, i: t * i + thin_or_dense(t, o, i),
         outputs=1,
     ),
     Method("loldu", lambda **o: st.loldu(rank=3, **o), parameters=lambda o, i: 3 + 1),
