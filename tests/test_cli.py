@@ -8,7 +8,7 @@ import pytest
 
 from slimtune import cli
 
-VERBS = ["demo", "train", "merge", "verify", "inspect", "methods", "report"]
+VERBS = ["demo", "train", "merge", "convert", "verify", "inspect", "methods", "report"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["train", "--help"], ["--version"], ["train", "bad.yaml"]])
@@ -43,6 +43,8 @@ def test_help_and_configuration_errors_import_nothing_heavy(tmp_path, arguments)
         (["verify", "nowhere"], 2, "nowhere"),
         (["merge", "nowhere", "--output", "out"], 2, "nowhere"),
         (["merge", "nowhere"], 2, "--output"),
+        (["convert", "nowhere", "--output", "out"], 2, "nowhere"),
+        (["convert", "nowhere", "--output", "out", "--to", "dora"], 2, "'dora'"),
     ],
 )
 def test_wrong_usage(tmp_path, monkeypatch, capsys, arguments, code, said):

@@ -14,9 +14,9 @@ LAYERS = [
     {"errors", "ops"},  # tensors in, tensors out
     {"structures", "compositions", "recipe"},  # the two families, and their pairing
     {"layers", "initialisers", "resize"},  # where they live
-    {"targets", "verbs", "merging", "calibrate", "compress", "convert"},  # verbs
+    {"targets", "verbs", "merging", "calibrate", "compress", "conversion"},  # verbs
     {"recipes", "allocate", "groups", "controllers", "models", "contrib"},  # the field
-    {"files", "io", "peft_format", "hf"},  # files and the ecosystem
+    {"files", "folders", "io", "peft_format", "hf"},  # files and the ecosystem
     {"_public", "app", "cli", "__main__"},  # the application
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

@@ -1,9 +1,11 @@
 """Every public name, sorted; the package loads them from here when the first one is used."""
 
 # ruff: noqa: F403
-from . import compositions, controllers, errors, io, ops, recipes, structures
+from . import compositions, controllers, errors, io, models, ops, recipes, structures
+from .app.convert import convert
 from .compositions import *
 from .controllers import *
+from .conversion import ConversionReport, LayerConversion, to_lora
 from .errors import (
     AdapterNameError,
     ConfigError,
@@ -19,6 +21,7 @@ from .errors import (
 from .groups import param_groups
 from .io import load, save
 from .merging import LayerError, MergeReport, merge, merged
+from .models import *
 from .peft_format import export_peft, import_peft
 from .recipe import Recipe
 from .recipes import *
@@ -37,9 +40,11 @@ from .verbs import (
 __all__ = [
     "AdapterNameError",
     "ConfigError",
+    "ConversionReport",
     "DataError",
     "DivergenceError",
     "FileFormatError",
+    "LayerConversion",
     "LayerError",
     "MergeReport",
     "Recipe",
@@ -52,6 +57,7 @@ __all__ = [
     "activate",
     "adapt",
     "adapter_names",
+    "convert",
     "disabled",
     "errors",
     "export_peft",
@@ -61,15 +67,18 @@ __all__ = [
     "load",
     "merge",
     "merged",
+    "models",
     "ops",
     "param_groups",
     "recipes",
     "remove",
     "save",
     "summary",
+    "to_lora",
     "trainable_parameters",
 ]
 __all__ += compositions.__all__
 __all__ += controllers.__all__
+__all__ += models.__all__
 __all__ += recipes.__all__
 __all__ += structures.__all__

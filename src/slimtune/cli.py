@@ -107,6 +107,26 @@ def merge(
 
 
 @app.command()
+def convert(
+    run: Run,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder for the converted adapter.")],
+    to: Annotated[str, typer.Option(help="The form: lora, in PEFT's format.")] = "lora",
+    rank: Annotated[
+        int | None, typer.Option(help="The largest rank; default: the exact one, or the one within the tolerance.")
+    ] = None,
+    tolerance: Annotated[float, typer.Option(help="The error of a layer's change that is allowed.")] = 1e-3,
+    multiple: Annotated[int, typer.Option(help="Round the rank up to a multiple of this, with zeros.")] = 1,
+    model: Base = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Write an adapter as plain LoRA, exactly where that exists; exit code 3 if it is not near enough."""
+    from slimtune.app.convert import convert as run_convert
+
+    done = run_convert(run, output, to, tolerance, rank=rank, multiple=multiple, model=model)
+    print(done.to_json() if json else f"{done}\nwritten and read back: {output}")
+
+
+@app.command()
 def verify(run: Run, model: Base = None) -> None:
     """Check that the files are intact and that the adapter changes what the model says; exit code 3 if not."""
     from slimtune.app.verify import verify as check
