@@ -147,6 +147,18 @@ CASES: dict[str, Case] = {
         {"step": {"fp32": 1.30, "bf16": 1.40}},
         "Blocks of 64.",
     ),
+    "loldu": Case(
+        lambda st: st.loldu(rank=16),
+        None,
+        {"step": {"fp32": 1.08, "bf16": 1.09}, "saved": {"fp32": 158, "bf16": 89}},
+        "16 directions of each weight; its factors are kept beside it.",
+    ),
+    "singlora": Case(
+        lambda st: st.singlora(rank=16),
+        None,
+        {"step": {"fp32": 1.08, "bf16": 1.09}, "saved": {"fp32": 158, "bf16": 89}},
+        "One factor of rank 16; with its scale at 0, which costs the same.",
+    ),
 }
 
 GOALS_SET_AT = {"fp32": (120, "0.74 to 0.80 s"), "bf16": (71, "0.46 to 0.48 s")}
