@@ -82,8 +82,8 @@ def kronecker_linear(
 
 def _composed(x, W, bias, w1, w2, scale):
     """The definition in autograd's own operations."""
-    t = x.dtype if W is None else torch.result_type(x, W)
-    w1_, w2_ = _scaled(w1, scale, x.dtype), w2.to(x.dtype)
+    t = x.dtype
+    w1_, w2_ = _scaled(w1, scale, t), w2.to(t)
     X = x.unflatten(-1, (w1.shape[1], w2.shape[1]))
     change = ((w1_ @ X) @ w2_.t() if _left_first(w1, w2) else w1_ @ (X @ w2_.t())).flatten(-2)
     return change if W is None else F.linear(x, W.to(t), None if bias is None else bias.to(t)) + change
