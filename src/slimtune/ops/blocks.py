@@ -263,7 +263,7 @@ class _Tiled(torch.autograd.Function):
         W, scale, D, S = ctx.saved_tensors
         need_x, need_D = ctx.needs_input_grad[0], ctx.needs_input_grad[6]
         t, T, I = S.dtype, S.shape[0], ctx.shape[-1]
-        g = S.new_zeros(T, W.shape[0]) if grad is None else grad.reshape(T, -1)
+        g = S.new_zeros(T, W.shape[0]) if grad is None else grad.reshape(T, W.shape[0])
         grad_x = None
         if need_x:
             q = g @ _as(D, t).t()
