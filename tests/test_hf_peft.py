@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import doctest
 import json
 import pickle
 import subprocess
@@ -303,6 +304,13 @@ def test_export_for_everyone_else(tmp_path):
     same(peft.PeftModel.from_pretrained(base, tmp_path)(IDS), model(IDS))
 
 
+def test_the_docstring_example():
+    from slimtune.hf import peft as module
+
+    result = doctest.testmod(module)
+    assert result.attempted and not result.failed
+
+
 # ---------------------------------------------------------------- another process
 
 
@@ -521,6 +529,7 @@ KEY = "base_model.model.up.adapters.structure."
     [
         (lambda t: t.pop(KEY + "A"), "missing"),
         (lambda t: t.update({KEY + "C": torch.zeros(1)}), "unexpected"),
+        (lambda t: t.update({"base_model.model.up.adapters.scale": torch.zeros(2)}), r"scale has shape \(2,\)"),
         (lambda t: t.update({KEY + "A": torch.zeros(3, 9)}), r"has shape \(3, 9\), expected \(3, 8\)"),
     ],
 )

@@ -239,21 +239,21 @@ def from_file(
     """The inverse of `to_file`; the scales in the file replace those of the description."""
     layers, tensors = dict(description.layers), {}
     for key, t in stored.items():
-        bare = key.removeprefix(PREFIX)
-        layer, rest = split_key(bare, layers)
-        module, whole = split_key(bare, description.saved)
-        if bare == key:  # written by slimtune 0.1
-            tensors[key] = t
-        elif layer and rest == f"{MARK}.scale":
+        own = key  # what is not known here is unexpected later
+        layer, rest = split_key(key.removeprefix(PREFIX), layers)
+        if layer and rest.startswith(f"{MARK}."):
+            own = f"{layer}.{rest.removeprefix(MARK + '.')}"
+        elif not layer:
+            module, rest = split_key(key.removeprefix(PREFIX), description.saved)
+            own = f"{module}.saved.{rest}" if module else key
+        if own in tensors:
+            raise FileFormatError(f"{path}: {key} gives {own} a second time")
+        if own == f"{layer}.scale":
             if t.numel() != 1:
                 raise FileFormatError(f"{path}: {key} has shape {tuple(t.shape)}, expected ()")
             layers[layer] = replace(layers[layer], scale=float(t))
-        elif layer and rest.startswith(f"{MARK}."):
-            tensors[f"{layer}.{rest.removeprefix(MARK + '.')}"] = t
-        elif module:
-            tensors[f"{module}.saved.{whole}"] = t
         else:
-            raise FileFormatError(f"{path}: unexpected tensor {key}")
+            tensors[own] = t
     return Description(description.recipe, layers, description.saved), tensors
 
 
