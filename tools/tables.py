@@ -11,6 +11,8 @@ from slimtune.app.config import TrainConfig
 from slimtune.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from bench import real  # noqa: E402
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -19,19 +21,25 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def methods() -> str:
-    """A row per recipe: the first paragraph of its docstring (the formula), its options with their defaults, its
-    learning rate, and the first sentence of the second paragraph (the source)."""
+    """A row per recipe: the first paragraph of its docstring (the formula) and the first sentence of the second (the
+    source)."""
     rows = []
     for name, recipe in sorted(RECIPES.items()):
         formula, source, *_ = (" ".join(p.split()) for p in re.split(r"\n\s*\n", inspect.getdoc(recipe) or ""))
         paper = re.split(r"(?<! al)(?<! eq)\. ", source)[0].rstrip(".")
         paper = re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[\g<0>](https://arxiv.org/abs/\1)", paper)
-        options = ", ".join(
-            f"`{p.name}`" if p.default is None else f"`{p.name}={p.default}`"
-            for p in inspect.signature(recipe).parameters.values()
-        )
-        rows.append([f"`{name}`", formula.rstrip("."), options, f"{recipe().learning_rate:g}", paper])
-    return markdown(["method", "effective weight", "options", "learning rate", "source"], rows)
+        rows.append([f"`{name}`", formula.rstrip("."), paper])
+    return markdown(["method", "effective weight", "source"], rows)
+
+
+def options() -> str:
+    """A row per recipe: its learning rate and its options with their defaults."""
+    rows = []
+    for name, recipe in sorted(RECIPES.items()):
+        own = inspect.signature(recipe).parameters.values()
+        shown = ", ".join(f"`{p.name}`" if p.default is None else f"`{p.name}={p.default}`" for p in own)
+        rows.append([f"`{name}`", f"{recipe().learning_rate:g}", shown])
+    return markdown(["method", "learning rate", "options"], rows)
 
 
 def config() -> str:
@@ -44,7 +52,14 @@ def config() -> str:
     return markdown(["key", "default", "meaning"], rows)
 
 
-PLACES = {"methods": (ROOT / "README.md", methods), "config": (ROOT / "docs" / "cli.md", config)}
+METHODS = ROOT / "docs" / "methods.md"
+PLACES = {
+    "methods": (ROOT / "README.md", methods),
+    "options": (METHODS, options),
+    "config": (ROOT / "docs" / "cli.md", config),
+    "real": (METHODS, real.table),
+    "costs": (METHODS, real.costs),
+}
 
 
 def block(name: str) -> re.Pattern[str]:
