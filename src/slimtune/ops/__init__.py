@@ -19,6 +19,7 @@ from .products import hadamard_factors, khatri_rao, kronecker_linear
 from .recomputed import recomputed
 from .squares import column_square_after_update, square_rmatmul
 from .toeplitz import (
+    diagonal_totals,
     displaced_matrix,
     fft_length,
     spectral_dtype,
@@ -36,6 +37,7 @@ __all__ = [
     "circulant_product",
     "column_square_after_update",
     "diagonal_linear",
+    "diagonal_totals",
     "displaced_matrix",
     "draw_seed",
     "dropped",

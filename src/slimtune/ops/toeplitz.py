@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "diagonal_totals",
     "displaced_matrix",
     "fft_length",
     "spectral_dtype",
@@ -68,7 +69,12 @@ def toeplitz_product(x: Tensor, diagonals: Tensor, out_features: int) -> Tensor:
 
 
 def toeplitz_gradient(x: Tensor, g: Tensor) -> Tensor:
-    """Gradient of sum(g * x T^T) in the diagonals: (T, I), (T, O) -> (O + I - 1,)."""
+    """Gradient of sum(g * x T^T) in the diagonals: (T, I), (T, O) -> (O + I - 1,).
+
+    By FFT; in 16 bit from g^T x, whose product is cheaper there.
+    """
+    if x.dtype.itemsize < 4:
+        return diagonal_totals(g.t() @ x)
     t = spectral_dtype(x.dtype)
     O, I = g.shape[-1], x.shape[-1]
     n = fft_length(O + I - 1)
@@ -77,20 +83,70 @@ def toeplitz_gradient(x: Tensor, g: Tensor) -> Tensor:
     return torch.cat([lags[n - O + 1 :], lags[:I]])
 
 
-def displaced_matrix(row: Tensor, column: Tensor, D: Tensor) -> Tensor:
-    """M with M[0] = row (I,), M[:, 0] = column (O,) and M[i, j] = M[i - 1, j - 1] + D[i - 1, j - 1], (O, I).
+def diagonal_totals(G: Tensor) -> Tensor:
+    """sum of G[..., i, j] over j - i + O - 1 = p: (*T, O, I) -> (*T, O + I - 1), in at least fp32.
 
-    A sum along diagonals in log2(min(O, I)) passes. D is (O - 1, I - 1).
+    The transpose of `toeplitz_matrix`.
 
     Example:
-        >>> displaced_matrix(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0, 5.0]), torch.tensor([[10.0], [20.0]]))
+        >>> diagonal_totals(torch.tensor([[1, 2, 3], [0, 1, 2]]).float())
+        tensor([0., 2., 4., 3.])
+    """
+    O, I = G.shape[-2:]
+    # read with one column less, each row of the padded matrix slides by one
+    padded = F.pad(G.flip(-2), (0, O)).flatten(-2)[..., : O * (O + I - 1)]
+    return padded.unflatten(-1, (O, O + I - 1)).sum(-2, dtype=torch.promote_types(G.dtype, torch.float32))
+
+
+def displaced_matrix(row: Tensor, column: Tensor, U: Tensor, V: Tensor) -> Tensor:
+    """M with M[0] = row (I,), M[:, 0] = column (O,) and M[i, j] = M[i - 1, j - 1] + (U V)[i - 1, j - 1], (O, I).
+
+    For U (O - 1, R), V (R, I - 1); row[0] = column[0]. A sum along diagonals in log2(min(O, I)) passes.
+
+    Example:
+        >>> U, V = torch.tensor([[1.0], [2.0]]), torch.tensor([[10.0]])
+        >>> displaced_matrix(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0, 5.0]), U, V)
         tensor([[ 1.,  2.],
                 [ 3., 11.],
                 [ 5., 23.]])
     """
-    M = torch.cat([row[None], torch.cat([column[1:, None], D], 1)])
+    below = torch.cat([column.new_zeros(1), column[1:]])
+    corner = F.pad(column.new_ones(1), (0, max(len(row), len(column)) - 1))
+    left = torch.cat([corner[: len(column), None], below[:, None], F.pad(U, (0, 0, 1, 0))], 1)
+    right = torch.cat([row[None], corner[None, : len(row)], F.pad(V, (1, 0))])
+    D = left @ right
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return _running(D)
+    return _Running.apply(D)
+
+
+def _running(M: Tensor) -> Tensor:
+    """sum_t M[i - t, j - t]: sums along diagonals, from the top left."""
     step = 1
     while step < min(M.shape):
         M = M + F.pad(M[:-step, :-step], (step, 0, step, 0))
         step *= 2
     return M
+
+
+class _Running(torch.autograd.Function):
+    """`_running` without an intermediate per pass."""
+
+    @staticmethod
+    def forward(ctx, M):
+        if min(M.shape) == 1:
+            return M.clone()
+        spare, step = [torch.empty_like(M), torch.empty_like(M)], 1
+        while step < min(M.shape):
+            new = spare.pop()
+            new[:step] = M[:step]
+            new[step:, :step] = M[step:, :step]
+            torch.add(M[step:, step:], M[:-step, :-step], out=new[step:, step:])
+            if step > 1:
+                spare.append(M)
+            M, step = new, 2 * step
+        return M
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Running.apply(grad.flip((0, 1))).flip((0, 1))

@@ -188,7 +188,7 @@ class LDR(Spectral):
         g_row = torch.cat([g[:, :1], g[:, 1:].flip(1)], 1)
         h_row = torch.cat([h[:, :1], -h[:, 1:].flip(1)], 1)
         row = skew_product(g_row, h_row)[:, :I].sum(0).to(h.dtype)
-        return displaced_matrix(row, column, (-2 * g[:, 1:O]).t() @ h[:, n - I + 1 :].flip(1))
+        return displaced_matrix(row, column, (-2 * g[:, 1:O]).t(), h[:, n - I + 1 :].flip(1))
 
     def product(self, x: Tensor, *parameters: Tensor) -> Tensor:
         g, h = parameters

@@ -66,7 +66,7 @@ class Toeplitz(Spectral):
         return self.diagonals[index[..., None] - i + self.out_features - 1]
 
     def gradients(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...] | None:
-        return None if x.dtype.itemsize < 4 else (toeplitz_gradient(x, g),)
+        return (toeplitz_gradient(x, g),)
 
     def reset_parameters(self) -> None:
         with torch.no_grad():
@@ -145,7 +145,7 @@ class ToeplitzProduct(Spectral):
         row, column = toeplitz_product(b, A, n)[:I].to(a.dtype), toeplitz_product(a, B, n)[:O].to(a.dtype)
         left = torch.stack([b[1:O], -b[n - O + 1 :].flip(0)], 1)
         right = torch.stack([a[1:I], a[n - I + 1 :].flip(0)])
-        return displaced_matrix(row, column, left @ right)
+        return displaced_matrix(row, column, left, right)
 
     def product(self, x: Tensor, *parameters: Tensor) -> Tensor:
         A, B = (torch.cat([v[1:].flip(0), v]) for v in parameters)  # T(v)'s diagonals
