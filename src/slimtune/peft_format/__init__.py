@@ -36,8 +36,8 @@ def import_peft(model: nn.Module, path: str | os.PathLike[str], name: str = "def
     """Attach an adapter that PEFT wrote. The same as `load`, which recognises PEFT's folders by itself.
 
     Read are LoRA (rsLoRA, DoRA), C3A, GraLoRA, MiSS (its default form, "mini" and "bat"), LoHa and LoKr. The adapter
-    computes what PEFT's does, but for two mistakes of PEFT's: C3A's gradient in the layer's input, and several active C3A
-    adapters, which it chains.
+    computes what PEFT's does, but for two mistakes of PEFT: C3A's gradient in the layer's input, and several active
+    C3A adapters, which it chains.
 
     Raises:
         FileFormatError: another type, or a config field or tensor that slimtune has no counterpart for.

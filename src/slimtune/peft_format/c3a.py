@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,7 @@ from ..io import LayerEntry
 from ..recipe import Recipe
 from ..recipes import c3a
 from ..structures import BlockCirculant
-from .codec import Codec, Fields, Layer, Unfit, common
+from .codec import Codec, Fields, Layer, Unfit
 
 __all__ = ["C3ACodec"]
 
@@ -40,12 +41,12 @@ class C3ACodec(Codec):
         for name, layer in layers.items():
             _check(name, layer)
         blocks = {name: layer.entry.recipe.options["block"] for name, layer in layers.items()}
-        default = common(blocks.values())
-        pattern = {name: block for name, block in sorted(blocks.items()) if block != default}
-        for name, block in blocks.items():
-            if not all(map(_is_plain, pattern)) or _looked_up(pattern, name, default) != block:
-                raise Unfit(f"its block_size_pattern cannot give {name} a block of its own")
-        return {"block_size": default, "block_size_pattern": pattern, "init_weights": True, "bias": "none"}
+        for default, _ in Counter(blocks.values()).most_common():
+            # the file's keys are sorted
+            pattern = {name: block for name, block in sorted(blocks.items()) if block != default}
+            if all(map(_is_plain, pattern)) and all(_looked_up(pattern, n, default) == b for n, b in blocks.items()):
+                return {"block_size": default, "block_size_pattern": pattern, "init_weights": True, "bias": "none"}
+        raise Unfit("its block_size_pattern takes names for suffixes and cannot tell these layers apart")
 
     def theirs(self, own: Mapping[str, Tensor], layer: Layer) -> dict[str, Tensor]:
         return {"c3a_kernel": own["structure.kernel"]}
