@@ -228,6 +228,8 @@ def test_scale_in_the_ramp_is_saved(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         base(x)  # in training, yet not waiting for anybody
+    with pytest.warns(UserWarning, match="singlora has reached 50.0% of its scale"):
+        st.merge(base)
 
 
 def test_a_ramp_touches_its_own_adapters_only():

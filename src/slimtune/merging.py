@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -131,6 +132,9 @@ def merge(model: nn.Module) -> MergeReport:
         TargetError: a packed weight.
         UninitializedError: a layer on the meta device.
         SlimtuneError: a merged weight that is not finite. The model is unchanged in each case.
+
+    Warns:
+        UserWarning: an adapter whose scale starts at 0 and grows (SingLoRA) has not reached it yet.
     """
     idle = [n for n in adapter_names(model) if not any(n in m.active_adapters for _, m in extended(model))]
     if idle or not adapter_names(model):
@@ -149,6 +153,7 @@ def merge(model: nn.Module) -> MergeReport:
     for name in narrow:
         if not _merged_weight(name, changed[name])[0].isfinite().all():
             raise SlimtuneError(f"merge: {name}.weight overflows float16; nothing was merged")
+    _warn_of_unfinished(changed)
     shared = [g for g in _places(model).values() if len(g) > 1]
     for name, host in changed.items():
         new, error = _merged_weight(name, host)
@@ -166,6 +171,17 @@ def merge(model: nn.Module) -> MergeReport:
     if report.untied and getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False
     return report
+
+
+def _warn_of_unfinished(changed: dict[str, Host]) -> None:
+    for host in changed.values():
+        for name in host.active_adapters:
+            adapter = host.addition(name)
+            recipe = adapter.recipe
+            share = adapter.scale.item() / recipe.scale(adapter.structure.rank)
+            if recipe.start_scale != 1 and share < 0.999:
+                message = f"merge: {recipe.name} has reached {share:.1%} of its scale; its ramp has not ended"
+                return warnings.warn(message, UserWarning, stacklevel=3)
 
 
 Place = tuple[str, nn.Module, str]
