@@ -82,8 +82,17 @@ def wrapped(recipe, targets=Chain.targets, **fields):
     torch.manual_seed(1)
     config = SlimtuneConfig(recipe=recipe, target_modules=list(targets), modules_to_save=["classifier"], **fields)
     model = peft.get_peft_model(copy.deepcopy(base), config).eval()
-    shake(model)
+    move(model)
     return base, model
+
+
+@torch.no_grad()
+def move(model):
+    """Shake, and turn up the scales, of which some begin at 0."""
+    shake(model)
+    for name, buffer in model.named_buffers():
+        if name.endswith("scale"):
+            buffer.add_(0.5)
 
 
 def status(model):
@@ -104,7 +113,7 @@ def test_is_what_adapt_makes(method):
     base, theirs = wrapped(method.recipe(), Chain.targets_of(method))
     torch.manual_seed(1)
     st.adapt(base, method.recipe(), Chain.targets_of(method), modules_to_save=["classifier"])
-    shake(base)
+    move(base)
     y, z = base.eval()(IDS), theirs(IDS)
     assert torch.equal(y, z)
     y.square().sum().backward()
@@ -157,6 +166,21 @@ def test_a_scale_that_changed_is_saved(tmp_path):
     assert torch.equal(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()(IDS), theirs(IDS))
     st.load(base, tmp_path)
     assert torch.equal(base(IDS), theirs(IDS))
+
+
+def test_a_configuration_serves_again(tmp_path):
+    config = SlimtuneConfig(recipe=st.lora(rank=2, alpha=2), target_modules=["up"])
+    model = peft.get_peft_model(chain(), config)
+    move(model)
+    model.save_pretrained(tmp_path)
+    fresh = peft.get_peft_model(chain(), config)
+    assert fresh.get_base_model().up.adapters["default"].scale == 1
+    assert torch.equal(fresh(IDS), chain()(IDS))
+    config.save_pretrained(tmp_path / "config")
+    again = peft.PeftConfig.from_pretrained(tmp_path / "config")
+    assert type(again) is SlimtuneConfig and again.recipe == config.recipe and again.target_modules == ["up"]
+    assert dataclasses.replace(again, modules_to_save=["classifier"]).recipe == config.recipe
+    assert copy.deepcopy(config) == config
 
 
 @three
@@ -344,6 +368,20 @@ def test_a_fresh_process(tmp_path):
 
 
 # ---------------------------------------------------------------- transformers
+
+
+@methods
+def test_transformers_loads_every_method(method, tmp_path):
+    if "linear" in method.refuses:
+        pytest.skip(method.refuses["linear"])
+    base, ids = tiny_llama(), torch.randint(0, 31, (2, 5))
+    model = copy.deepcopy(base)
+    model.add_adapter(SlimtuneConfig(recipe=method.recipe(), target_modules=["q_proj", "down_proj"]))
+    move(model)
+    model.save_pretrained(tmp_path)
+    info = base.load_adapter(tmp_path)
+    assert not info.missing_keys and not info.unexpected_keys
+    same(base(ids).logits, model(ids).logits)
 
 
 @three

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..compositions import LinearMap
 from ..errors import SlimtuneError, StructureError, TargetError
-from ..io import MARK, PREFIX, Description, check_tensors, describe
+from ..io import MARK, PREFIX, Description, LayerEntry, check_tensors, describe
 from ..layers import Adapted, Extended, extend, layout_of, own_class, restore
 from ..merging import check_mergeable
 from ..recipe import Recipe
@@ -87,13 +87,16 @@ class SlimtuneConfig(peft.PeftConfig):
         (40, 130)
     """
 
-    recipe: Recipe | None = None
+    recipe: Recipe = None  # type: ignore[assignment]
     target_modules: list[str] | str | None = "all-linear"
     exclude_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     slimtune: InitVar[Mapping[str, Any] | None] = None
-    description: Description = field(init=False, repr=False)
+    layers: dict[str, LayerEntry] = field(init=False, repr=False, default_factory=dict)
+    """From a file: what each layer carries."""
+    saved: Description | None = field(init=False, repr=False, default=None)
+    """The adapter as it was when its tensors were last taken for saving."""
 
     def __post_init__(self, slimtune: Mapping[str, Any] | None) -> None:
         super().__post_init__()
@@ -101,17 +104,16 @@ class SlimtuneConfig(peft.PeftConfig):
         if self.target_modules is None:
             self.target_modules = "all-linear"
         if self.recipe is None and slimtune is not None:
-            self.description = Description.from_dict(slimtune, "adapter_config.json")
-            self.recipe = self.description.recipe
-        elif isinstance(self.recipe, Recipe):
-            self.description = Description(self.recipe, {})
-        else:
+            description = Description.from_dict(slimtune, "adapter_config.json")
+            self.recipe, self.layers = description.recipe, description.layers
+        if not isinstance(self.recipe, Recipe):
             raise StructureError(f"SlimtuneConfig: recipe must be a Recipe such as st.lora(), got {self.recipe!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data; the recipe is part of `slimtune`."""
-        names = [f.name for f in fields(self) if f.name not in ("recipe", "description")]
-        return {n: getattr(self, n) for n in names} | {"slimtune": self.description.to_dict()}
+        names = [f.name for f in fields(self) if f.name not in ("recipe", "layers", "saved")]
+        description = self.saved or Description(self.recipe, self.layers, list(self.modules_to_save or ()))
+        return {n: getattr(self, n) for n in names} | {"slimtune": description.to_dict()}
 
 
 class _Own:
@@ -285,8 +287,8 @@ class SlimtuneModel(BaseTuner):
         check_name(adapter_name)
         if MARK in current_key:
             raise TargetError(f"{current_key!r}: PEFT would take a module whose path holds {MARK!r} for an adapter")
-        saved = peft_config.description.layers.get(current_key)
-        recipe = saved.recipe if saved else peft_config.description.recipe.for_layer(current_key)
+        saved = peft_config.layers.get(current_key)
+        recipe = saved.recipe if saved else peft_config.recipe.for_layer(current_key)
         adapter = build_adapter(target, current_key, recipe)
         self.awaited |= set(recipe.controllers)
         adapter.awaited = self.awaited
@@ -325,9 +327,9 @@ class SlimtuneModel(BaseTuner):
     ) -> dict[str, Tensor]:
         # the configuration is written next: it describes the adapter as its tensors stand now
         base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
-        config.description = replace(
+        config.saved = replace(
             describe(base, adapter_name),
-            recipe=config.description.recipe,
+            recipe=config.recipe,
             saved=[
                 name
                 for name, module in base.named_modules()
