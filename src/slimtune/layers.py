@@ -331,7 +331,7 @@ class ConvLayout(LinearLayout):
         if dropout:
             return replayed_dropout(lambda z: self._change(z, delta, 0.0, columns), x, dropout)
         if not isinstance(delta, Factored):
-            dW = delta.dense()
+            dW = delta.matrix()
             return self.with_weight(x, dW if columns is None else dW * columns, None)
         B, A = delta.factors()
         B, A = B.to(x.dtype), (A if columns is None else A * columns).to(x.dtype)
@@ -358,7 +358,7 @@ class ConvLayout(LinearLayout):
         if dropout or isinstance(delta, Factored):
             y = self.with_weight(x, W if columns is None else W * columns, self.bias)
             return y + scale.to(y.dtype) * self._change(x, delta, dropout, columns)
-        dW = delta.dense()  # one convolution instead of two
+        dW = delta.matrix()  # one convolution instead of two
         new = W + scale.to(dW.dtype) * dW
         return self.with_weight(x, new if columns is None else new * columns, self.bias)
 

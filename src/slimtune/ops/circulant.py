@@ -108,7 +108,9 @@ def block_circulant_matrix(w: Tensor) -> Tensor:
     """
     m, n, b = w.shape
     rows = torch.cat([w, w], -1).unfold(-1, b, 1)[:, :, 1:]  # (Km, Kn, N, N), last row first
-    return rows.permute(0, 2, 1, 3).flip(1).reshape(m * b, n * b)
+    downwards = torch.arange(b - 1, -1, -1, device=w.device)
+    # not flip, whose output would take over the order of strides and be copied again
+    return rows.permute(0, 2, 1, 3).index_select(1, downwards).reshape(m * b, n * b)
 
 
 def _blocks(x: Tensor, count: int, b: int) -> Tensor:

@@ -55,7 +55,9 @@ def toeplitz_matrix(diagonals: Tensor, in_features: int) -> Tensor:
         tensor([[1, 2, 3],
                 [0, 1, 2]])
     """
-    return diagonals.unfold(-1, in_features, 1).flip(-2)
+    rows = diagonals.unfold(-1, in_features, 1)
+    # not flip, whose output would take over the order of strides
+    return rows.index_select(-2, torch.arange(rows.shape[-2] - 1, -1, -1, device=rows.device))
 
 
 def toeplitz_product(x: Tensor, diagonals: Tensor, out_features: int) -> Tensor:
