@@ -30,7 +30,7 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size(hidden=64, layers=2, heads=4, mlp=176, vocab=100, batch=2, tokens=16),
+    "tiny": Size(hidden=64, layers=2, heads=4, mlp=192, vocab=100, batch=2, tokens=16),
     "cpu": Size(),
     "cuda": Size(hidden=2048, layers=8, heads=16, mlp=5632, vocab=32000, batch=8, tokens=512),
 }

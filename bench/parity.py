@@ -21,7 +21,8 @@ def difference(method: str, device: str = "cpu") -> float | None:
 
     Both get the same random adapter, as files written by PEFT and read by `import_peft`. Compared are the
     logits, the gradient at the embeddings, and what one step of plain SGD does to the logits, which agrees
-    only if every gradient does. A tiny model in fp32; dropout is off, for the masks cannot be shared.
+    only if every gradient does; the logits alone where PEFT's gradients are wrong. A tiny model in fp32; dropout is
+    off, for the masks cannot be shared.
 
     Raises:
         RuntimeError: they differ by more than TOLERANCE.
@@ -36,13 +37,15 @@ def difference(method: str, device: str = "cpu") -> float | None:
     wrapped = attach("peft", method, theirs)
     torch.manual_seed(2)
     with torch.no_grad():
-        for name, p in wrapped.named_parameters():
-            if p.requires_grad and "lora_B" in name:
+        for p in wrapped.parameters():
+            if p.requires_grad and not p.any():  # starts at zero
                 p.normal_(std=0.05)
     with tempfile.TemporaryDirectory() as folder:
         wrapped.save_pretrained(folder)
         st.import_peft(ours, folder)
     pairs = list(zip(_footprint(theirs, ids), _footprint(ours, ids), strict=True))
+    if not CASES[method].peft_gradients:
+        pairs = pairs[:1]
     worst = max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
     if not worst <= TOLERANCE:
         raise RuntimeError(f"{method}: ours and PEFT differ by {worst:.1e}, allowed is {TOLERANCE:.0e}")
