@@ -193,8 +193,10 @@ class SlimtuneLayer(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         """Take every merged adapter out of the weight again."""
-        if self.unmerged:
-            self.weight, self.unmerged, self.merged_adapters = self.unmerged[0], [], []
+        for before in self.unmerged:
+            before.data = before.data.to(self.weight.device)  # the model may have moved in the meantime
+            self.weight = before
+        self.unmerged, self.merged_adapters = [], []
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
