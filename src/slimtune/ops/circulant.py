@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .toeplitz import diagonal_totals, spectral_dtype, toeplitz_matrix
+from .toeplitz import spectral_dtype, toeplitz_matrix
 
 __all__ = [
     "block_circulant_gradient",
@@ -63,14 +63,7 @@ def circulant_product(x: Tensor, c: Tensor, out_features: int) -> Tensor:
 
 
 def circulant_gradient(x: Tensor, g: Tensor, n: int) -> Tensor:
-    """Gradient of sum(g * x C(c)^T) in c: (T, I), (T, O) -> (N,).
-
-    By FFT; in 16 bit from g^T x, whose product is cheaper there.
-    """
-    if x.dtype.itemsize < 4:
-        O, I = g.shape[-1], x.shape[-1]
-        totals = diagonal_totals(g.t() @ x).flip(0)
-        return F.pad(totals[I - 1 :], (0, n - O)) + F.pad(totals[: I - 1], (n - I + 1, 0))
+    """Gradient of sum(g * x C(c)^T) in c: (T, I), (T, O) -> (N,)."""
     t = spectral_dtype(x.dtype)
     X, G = torch.fft.rfft(x.to(t), n), torch.fft.rfft(g.to(t), n)
     return torch.fft.irfft(torch.linalg.vecdot(X, G, dim=0), n)  # conjugates its first argument
@@ -131,14 +124,7 @@ def block_circulant_product(x: Tensor, w: Tensor, out_features: int) -> Tensor:
 
 
 def block_circulant_gradient(x: Tensor, g: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Gradient of sum(g * x dW^T) in w, of shape (Km, Kn, N): (T, I), (T, O) -> (Km, Kn, N).
-
-    By FFT; in 16 bit from g^T x, whose product is cheaper there.
-    """
+    """Gradient of sum(g * x dW^T) in w, of shape (Km, Kn, N): (T, I), (T, O) -> (Km, Kn, N)."""
     m, n, b = shape
-    if x.dtype.itemsize < 4:
-        G = F.pad(g.t() @ x, (0, n * b - x.shape[-1], 0, m * b - g.shape[-1]))
-        totals = diagonal_totals(G.view(m, b, n, b).transpose(1, 2))  # lags 1 - N .. N - 1
-        return totals[..., b - 1 :] + F.pad(totals[..., : b - 1], (1, 0))
     X, G = torch.fft.rfft(_blocks(x, n, b)), torch.fft.rfft(_blocks(g, m, b))
     return torch.fft.irfft(torch.einsum("tmf,tnf->mnf", G.conj(), X), b)

@@ -96,8 +96,9 @@ def diagonal_totals(G: Tensor) -> Tensor:
     """
     O, I = G.shape[-2:]
     # read with one column less, each row of the padded matrix slides by one
+    G = G.to(torch.promote_types(G.dtype, torch.float32))  # summing in a wider dtype than that of the terms is slow
     padded = F.pad(G.flip(-2), (0, O)).flatten(-2)[..., : O * (O + I - 1)]
-    return padded.unflatten(-1, (O, O + I - 1)).sum(-2, dtype=torch.promote_types(G.dtype, torch.float32))
+    return padded.unflatten(-1, (O, O + I - 1)).sum(-2)
 
 
 def displaced_matrix(row: Tensor, column: Tensor, U: Tensor, V: Tensor) -> Tensor:
