@@ -32,7 +32,7 @@ class ColumnMagnitude(Rescaled):
         >>> composition = ColumnMagnitude()
         >>> composition.build(4, 3)
         >>> with torch.no_grad(): _ = composition.magnitude.fill_(2.0)
-        >>> composition.weight(torch.randn(4, 3), torch.zeros(4, 3)).norm(dim=0).tolist()
+        >>> [round(n, 3) for n in composition.weight(torch.randn(4, 3), torch.zeros(4, 3)).norm(dim=0).tolist()]
         [2.0, 2.0, 2.0]
     """
 
