@@ -46,6 +46,8 @@ class LayerConversion:
     """|dW|, Frobenius."""
     needed: int
     """The smallest rank known to meet the tolerance."""
+    errors: dict[int, float] = field(default_factory=dict)
+    """What the best factors of rank 1, 2, 4, ... would leave; empty where all singular values were not computed."""
 
 
 @dataclass
@@ -182,22 +184,30 @@ def _check_options(rank: int | None, multiple: int, tolerance: float) -> None:
 
 
 def _check_errors(report: ConversionReport, rank: int | None, weights: int, numbers: int) -> None:
+    told = _errors_by_rank(report.layers)
     above = [entry for entry in report.layers if not entry.error <= max(report.tolerance, ROUNDING)]
     worst = report.worst
     if above:
         raise VerificationError(
-            f"{len(above)} of {len(report.layers)} layers exceed the tolerance {report.tolerance:g} at rank {rank}; "
-            f"worst: {worst.name} ({worst.method}), error {worst.error:.3g}, needs rank {worst.needed}. "
+            f"{len(above)} of {len(report.layers)} layers exceed the tolerance {report.tolerance:g} at rank "
+            f"{rank or report.rank}; worst: {worst.name} ({worst.method}), error {worst.error:.3g}, needs rank {worst.needed}. "
             f"Rank {max(entry.needed for entry in report.layers)} does for all layers; or raise the tolerance, or "
-            "merge the adapter"
+            f"merge the adapter{told}"
         )
     if rank is None and numbers > weights and any(entry.how == "fitted" for entry in report.layers):
         largest = max(report.layers, key=lambda entry: entry.rank)
         raise VerificationError(
             f"within the tolerance {report.tolerance:g}, {largest.name} ({largest.method}) needs rank {largest.rank}, "
             f"and a LoRA of that rank holds more numbers ({numbers:,}) than the weights it changes ({weights:,}): "
-            "merge the adapter, or give a rank and the tolerance it may have"
+            f"merge the adapter, or give a rank and the tolerance it may have{told}"
         )
+
+
+def _errors_by_rank(layers: list[LayerConversion]) -> str:
+    """Words for what the worst layer loses at some ranks."""
+    ranks = sorted({r for entry in layers for r in entry.errors if r >= 8})[:6]
+    worst = {r: max(entry.errors.get(r, 0.0) for entry in layers) for r in ranks}
+    return f". Largest error at rank {', '.join(f'{r}: {e:.2g}' for r, e in worst.items())}" if worst else ""
 
 
 # ---------------------------------------------------------------- one layer
@@ -216,12 +226,13 @@ def _fit(
     if factors is not None:
         how, B, A = "exact", scale * factors[0], factors[1]
         limit = min(smallest, rank or smallest)
-        needed = min(A.shape[0], smallest)
+        needed, squares = min(A.shape[0], smallest), None
         if needed > limit:
             how = "truncated"
         if A.shape[0] > limit:
-            B, A, values = _best_of_product(B, A, limit)
-            needed = min(needed, _needed(values.square(), allowed))
+            thin = A.shape[0] < smallest
+            B, A, squares = _best_of_product(B, A, limit) if thin else _best_of(B @ A, limit, allowed)
+            needed = min(needed, _needed(squares, allowed))
         B, A = B.to(dtype), A.to(dtype)
         if isinstance(structure, Factored):
             left, right = structure.factors()
@@ -235,38 +246,39 @@ def _fit(
             dW = scale * structure.dense()
         else:
             dW = Adapted(adapter, below, False).weight(wide) - below.weight(wide)
-        B, A, needed = _best_of(dW, rank, allowed)
+        B, A, squares = _best_of(dW, rank, allowed)
+        needed = _needed(squares, allowed)
         B, A = B.to(dtype), A.to(dtype)
         norm, lost = _norms(dW, B, A)
     if not math.isfinite(norm):
         raise SlimtuneError(f"to_lora: {layer}: the change of its weight is not finite")
     error = lost / norm if norm else float(lost > 0)
-    return LayerConversion(layer, adapter.recipe.name, how, A.shape[0], error, norm, needed), B, A
+    return LayerConversion(layer, adapter.recipe.name, how, A.shape[0], error, norm, needed, _errors(squares)), B, A
 
 
-def _best_of(dW: Tensor, rank: int | None, allowed: float) -> tuple[Tensor, Tensor, int]:
-    """The best rank-R factors of dW (O, I) in fp64, and the smallest rank that loses no more than `allowed`.
+def _best_of(dW: Tensor, rank: int | None, allowed: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The best factors of dW (O, I) in fp64 and the squares of its singular values, falling; without `rank` at the
+    smallest rank that loses no more than `allowed`.
 
     By the eigenvectors of dW^T dW, half the work of an SVD; what it cannot see lies 1e-8 below the largest value.
     """
     if dW.shape[0] < dW.shape[1]:
-        A, B, needed = _best_of(dW.t(), rank, allowed)
-        return B.t(), A.t(), needed
+        A, B, squares = _best_of(dW.t(), rank, allowed)
+        return B.t(), A.t(), squares
     squares, V = torch.linalg.eigh(dW.t() @ dW)
     squares, V = squares.clamp_min(0).flip(0), V.flip(1)
-    needed = _needed(squares, allowed)
-    kept = min(needed if rank is None else rank, V.shape[1])
+    kept = min(_needed(squares, allowed) if rank is None else rank, V.shape[1])
     V = V[:, :kept]
-    return *_balanced(dW @ V, V.t(), squares[:kept].sqrt()), needed
+    return *_balanced(dW @ V, V.t(), squares[:kept].sqrt()), squares
 
 
 def _best_of_product(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The best rank-R factors of B A without building it, and all its singular values."""
+    """The same for dW = B A without building it."""
     Q, X = torch.linalg.qr(B)
     P, Y = torch.linalg.qr(A.t())
     U, values, Vh = torch.linalg.svd(X @ Y.t(), full_matrices=False)
     left, right = Q @ (U[:, :rank] * values[:rank]), Vh[:rank] @ P.t()
-    return *_balanced(left, right, values[:rank]), values
+    return *_balanced(left, right, values[:rank]), values.square()
 
 
 def _balanced(left: Tensor, right: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -281,6 +293,14 @@ def _needed(squares: Tensor, allowed: float) -> int:
     rest = squares.sum() - squares.cumsum(0)
     left = (rest > allowed**2 * squares.sum()).sum()
     return min(int(left) + 1, len(squares))
+
+
+def _errors(squares: Tensor | None) -> dict[int, float]:
+    """{1, 2, 4, ...: the share of the norm that this rank leaves}."""
+    if squares is None or not (total := float(squares.sum())):
+        return {}
+    left = (1 - squares.cumsum(0) / total).clamp_min(0).sqrt().tolist()
+    return {rank: left[rank - 1] for rank in (2**n for n in range(len(left).bit_length())) if rank <= len(left)}
 
 
 def _norm_of_product(B: Tensor, A: Tensor) -> float:

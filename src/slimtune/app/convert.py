@@ -60,7 +60,7 @@ def convert(
     Example:
         >>> import tempfile, torch, slimtune as st
         >>> linear = torch.nn.Sequential(torch.nn.Linear(6, 4))
-        >>> _ = st.adapt(linear, st.gralora(rank=4, blocks=2), ["0"])
+        >>> _ = st.adapt(linear, st.gralora(rank=4, k=2), ["0"])
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     st.save(linear, f"{folder}/gralora")
         ...     st.convert(f"{folder}/gralora", f"{folder}/lora").layers[0].how
