@@ -58,7 +58,8 @@ def kronecker_linear(
     """y = x W^T + s x (w1 (x) w2)^T + bias. Returns (*T, O); W None leaves its product out.
 
     A row of x read as X (b, d) gives w1 X w2^T, (a, c): two thin products, in the order that costs less, and no (O, I)
-    matrix. One autograd function; it keeps x and the factors. w1 and w2 may be of higher precision than x.
+    matrix. One autograd function; it keeps x and the factors. With rows enough its backward pass takes the gradient of
+    x from W + s w1 (x) w2, a temporary. w1 and w2 may be of higher precision than x.
 
     Example:
         >>> x, W, s = torch.randn(2, 6), torch.randn(4, 6), torch.tensor(0.5)
@@ -145,9 +146,15 @@ class _KroneckerLinear(torch.autograd.Function):
         grad_1: Any = None
         grad_2: Any = None
         beta = 0 if W is None else 1
-        if need_x:
+        left_first = _left_first(w1, w2)
+        # not in half precision, where a small change would be rounded away and little would be gained
+        summed = W is not None and t.itemsize > 2 and T * (a * b * d if left_first else b * c * d) > 16 * W.numel()
+        if need_x and summed:
+            w1w2 = (w1_.view(a, 1, b, 1), w2_.view(1, c, 1, d))
+            grad_x = g @ torch.addcmul(W.to(t).reshape(a, c, b, d), *w1w2).view(W.shape)
+        elif need_x:
             grad_x = torch.empty_like(x2, memory_format=torch.contiguous_format) if W is None else g @ W.to(t)
-        if _left_first(w1, w2):
+        if left_first:
             g2, x_slow = g.reshape(T * a, c), _slow_first(x2.reshape(T, b, d))
             q = (g2 @ w2_).view(T, a, d)
             if need_1:
@@ -155,7 +162,7 @@ class _KroneckerLinear(torch.autograd.Function):
             if need_2:
                 u = (w1_ @ x_slow).view(a, T, d).transpose(0, 1).reshape(T * a, d)
                 grad_2 = g2.t() @ u
-            if need_x:
+            if need_x and not summed:
                 grad_x.view(T, b, d).baddbmm_(w1_.t().expand(T, b, a), q, beta=beta)
         else:
             x_fast, g3 = x2.reshape(T * b, d), g.reshape(T, a, c)
@@ -165,7 +172,7 @@ class _KroneckerLinear(torch.autograd.Function):
             if need_1:
                 v = (x_fast @ w2_.t()).view(T, b, c)
                 grad_1 = _slow_first(g3) @ _slow_first(v).t()
-            if need_x:
+            if need_x and not summed:
                 grad_x.view(T * b, d).addmm_(p, w2_, beta=beta)
         if need_1:
             grad_1 = _scaled(grad_1.to(w1.dtype), scale, w1.dtype)
