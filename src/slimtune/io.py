@@ -347,9 +347,9 @@ st.load(model, "path/to/this/folder")  # `model` is the base model
 def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default", *, base: str | None = None) -> None:
     """Write an adapter to a folder: all of it or, should anything interrupt, nothing.
 
-    Methods that PEFT has are written in PEFT's format, which PEFT 0.17 or later reads; a manifest with hashes lies
-    beside. Other files in the folder are left alone. Never touches the network. Of several processes that share the
-    folder, one should call it.
+    Where a type of PEFT's holds the adapter as it is, it is written in PEFT's format, which PEFT 0.17 or later reads;
+    `export_peft` also converts. A manifest with hashes lies beside. Other files in the folder are left alone. Never
+    touches the network. Of several processes that share the folder, one should call it.
 
     Args:
         path: the folder, made if need be. An adapter in it is replaced.

@@ -16,12 +16,20 @@ from .codec import Codec, Fields, Layer, Unfit
 from .gralora import GraloraCodec
 from .lora import LoraCodec
 from .lycoris import LohaCodec, LokrCodec
-from .miss import MissCodec
+from .miss import BoneCodec, MissCodec
 from .names import literal_targets
 
 __all__ = ["CODECS", "convert", "decode", "decode_tensors", "encode"]
 
-CODECS: tuple[Codec, ...] = (LoraCodec(), C3ACodec(), GraloraCodec(), MissCodec(), LohaCodec(), LokrCodec())
+CODECS: tuple[Codec, ...] = (
+    LoraCodec(),
+    C3ACodec(),
+    GraloraCodec(),
+    MissCodec(),
+    LohaCodec(),
+    LokrCodec(),
+    BoneCodec(),
+)
 
 HARMLESS = frozenset(
     [
@@ -108,6 +116,10 @@ def decode_tensors(description: Description, tensors: Mapping[str, Tensor], path
         codec = _codec(description)
     except Unfit:
         raise FileFormatError(f"{path}: PEFT's keys cannot be those of a {description.recipe.name} adapter") from None
+    return _own(codec, description, tensors, path)
+
+
+def _own(codec: Codec, description: Description, tensors: Mapping[str, Tensor], path: Path | str) -> dict[str, Tensor]:
     layers, rest = _grouped(codec, tensors, {PREFIX + n for n in description.layers})
     saved = {PREFIX + n: n for n in description.saved}
     own: dict[str, Tensor] = {}
@@ -148,8 +160,9 @@ def decode(
     fields = Fields(config, where)
     codec.check(fields)
     found, rest = _grouped(codec, tensors)
+    order = {} if model is None else {PREFIX + n: i for i, (n, _) in enumerate(model.named_modules())}
     layers = {}
-    for place, columns in found.items():
+    for place, columns in sorted(found.items(), key=lambda item: (order.get(item[0], len(order)), item[0])):
         if not place.startswith(PREFIX):
             raise FileFormatError(
                 f"{folder / io.TENSORS}: {place}.{next(iter(columns))} does not start with {PREFIX!r}"
@@ -164,7 +177,7 @@ def decode(
     kept = {k: t for k, t in tensors.items() if not _is_base_copy(k, t, model, folder)}
     saved = _saved_names({k: t for k, t in rest.items() if k in kept}, config, model, folder)
     description = Description(next(iter(layers.values())).recipe, layers, saved)
-    return description, decode_tensors(description, kept, folder / io.TENSORS)
+    return description, _own(codec, description, kept, folder / io.TENSORS)
 
 
 def _checked(config: Mapping[str, Any], where: Path) -> Codec:

@@ -16,7 +16,7 @@ from ..recipes import bone
 from ..structures import BlockTiled, Tiled
 from .codec import Codec, Fields, Layer, Unfit, same
 
-__all__ = ["MissCodec"]
+__all__ = ["BoneCodec", "MissCodec"]
 
 
 class MissCodec(Codec):
@@ -72,6 +72,22 @@ class MissCodec(Codec):
         if recipe.structure is BlockTiled:
             recipe = replace(recipe, dropout=0.0)
         return replace(entry, recipe=recipe, scale=1.0), {key: entry.scale * t for key, t in own.items()}
+
+
+class BoneCodec(MissCodec):
+    """`BoneConfig`, which PEFT had until 0.18 and no longer reads: MiSS and bat under another name. Read only."""
+
+    peft_type = "BONE"
+    columns = ("bone_block",)
+    read = frozenset(("r", "init_weights", "bias"))
+
+    def claims(self, recipe: Recipe) -> bool:
+        return False
+
+    def entry(self, fields: Fields, layer: str, columns: Mapping[str, Tensor]) -> LayerEntry:
+        if fields.get("init_weights") == "mini":
+            raise FileFormatError(f"{fields.where}: init_weights = 'mini' is no form of Bone")
+        return super().entry(fields, layer, columns)
 
 
 def _check(name: str, layer: Layer) -> None:
