@@ -22,7 +22,7 @@ def circulant(hadamard: bool = True, alpha: float = 1.0, dropout: float = 0.0) -
         alpha: the scale.
         dropout: of the adapter's input, while training; rounded to 1/256.
     """
-    return Recipe(Circulant, {"hadamard": hadamard}, alpha=alpha, dropout=dropout, name="circulant", learning_rate=1e-3)
+    return Recipe(Circulant, {"hadamard": hadamard}, alpha=alpha, dropout=dropout, name="circulant", learning_rate=2e-3)
 
 
 def toeplitz(form: str = "product", alpha: float = 1.0, dropout: float = 0.0) -> Recipe:

@@ -32,7 +32,7 @@ class BlockCirculant(Spectral):
 
     Args:
         block: N >= 1. None takes the common divisor of O and I nearest to sqrt(O I) / 8, on a logarithmic scale, if
-            one is within a factor of 2 of it, and otherwise the power of two that is nearest, with padding. `options()`
+            one is within a factor of 4 of it, and otherwise the power of two that is nearest, with padding. `options()`
             and the module's representation say what was chosen.
         normalization: "unit" or "published".
 
@@ -148,7 +148,7 @@ def choose_block(out_features: int, in_features: int) -> int:
 
     Example:
         >>> [choose_block(*size) for size in ((512, 512), (1408, 512), (768, 768), (896, 4864), (101, 97))]
-        [64, 128, 96, 256, 16]
+        [64, 128, 96, 128, 16]
     """
     target = math.sqrt(out_features * in_features) / 8
 
@@ -156,7 +156,7 @@ def choose_block(out_features: int, in_features: int) -> int:
         return abs(math.log(b / target))
 
     near = min(_divisors(out_features, in_features), key=distance)
-    if target <= 1 or distance(near) <= math.log(2) + 1e-9:
+    if target <= 1 or distance(near) <= math.log(4) + 1e-9:
         return near
     return 2 ** round(math.log2(target))
 
