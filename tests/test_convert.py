@@ -32,7 +32,7 @@ def saved(folder, recipe, targets=("up", "down"), base=None, **options):
     return base, model.eval()
 
 
-def changes(model, base):
+def changes(model):
     """W' - W in fp64 by layer, through the definition."""
     plain = {n: type(h).layout(copy.deepcopy(h)).weight(torch.float64) for n, h in hosts(model).items()}
     return {n: (h.map().weight(torch.float64) - plain[n]).detach() for n, h in hosts(model).items()}
@@ -81,9 +81,9 @@ def test_no_rank_does_better(method):
     model = Chain(torch.float64).eval()
     st.adapt(model, method.recipe(), Chain.targets_of(method))
     shake(model)
-    before = changes(model, model)
+    before = changes(model)
     report = st.to_lora(model, rank=2, tolerance=10.0)
-    after = changes(model, model)
+    after = changes(model)
     for entry in report.layers:
         dW = before[entry.name]
         values = torch.linalg.svdvals(dW)
@@ -113,10 +113,10 @@ def test_exact_at_the_rank_of_the_algebra(recipe, rank):
     model = Chain().eval()
     st.adapt(model, recipe, ["up"])
     shake(model)
-    before = changes(model, model)["up"]
+    before = changes(model)["up"]
     (entry,) = st.to_lora(model).layers
     assert (entry.how, entry.rank, entry.method) == ("exact", rank, recipe.name)
-    after = changes(model, model)["up"]
+    after = changes(model)["up"]
     assert (after - before).norm() / before.norm() < 1e-6
     adapter = model.up.adapters["default"]
     assert adapter.scale == 1 and adapter.recipe.name == "lora"
@@ -150,15 +150,15 @@ def test_default_is_the_smallest_rank_within_the_tolerance():
     shake(model)
     with torch.no_grad():
         model[0].adapters["default"].composition.magnitude.mul_(1.01)
-    values = torch.linalg.svdvals(changes(model, model)["0"])
+    values = torch.linalg.svdvals(changes(model)["0"])
     tail = [float(values[r:].norm() / values.norm()) for r in range(40)]
     tolerance = (tail[6] + tail[5]) / 2
     (entry,) = st.to_lora(copy.deepcopy(model), tolerance=tolerance).layers
     assert (entry.how, entry.rank, entry.needed) == ("fitted", 6, 6)
-    before = changes(model, model)["0"]
+    before = changes(model)["0"]
     with pytest.raises(st.VerificationError, match=r"more numbers.*Largest error at rank 8: 0\.\d+, 16: 0"):
         st.to_lora(model, tolerance=1e-6)
-    assert torch.equal(changes(model, model)["0"], before)
+    assert torch.equal(changes(model)["0"], before)
     st.to_lora(model, rank=40, tolerance=1e-6)  # whoever asks for it gets it
 
 
@@ -319,6 +319,36 @@ def test_other_types_of_peft(kind, tmp_path):
     ids = Chain.ids()
     with torch.no_grad():
         torch.testing.assert_close(in_peft(base, tmp_path / "lora")(ids), theirs(ids), rtol=1e-5, atol=1e-5)
+
+
+def test_folders_that_peft_wrote_for_slimtune(tmp_path):
+    from slimtune.hf import SlimtuneConfig
+
+    torch.manual_seed(0)
+    base = Chain().eval()
+    config = SlimtuneConfig(recipe=st.gralora(rank=4, k=2), target_modules=["up"], modules_to_save=["classifier"])
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.add_(0.3 * torch.randn_like(p))
+    theirs.save_pretrained(tmp_path / "theirs")
+    report = st.convert(tmp_path / "theirs", tmp_path / "lora")
+    assert (report.base, report.layers[0].how) == (None, "exact")
+    ids = Chain.ids()
+    with torch.no_grad():
+        torch.testing.assert_close(in_peft(base, tmp_path / "lora")(ids), theirs(ids), rtol=1e-6, atol=1e-6)
+
+
+def test_half_precision_bases(tmp_path):
+    """The fit is of the change in fp64, of whatever weights there are."""
+    base, model = saved(tmp_path / "own", st.dora(rank=2), base=Chain(torch.bfloat16).eval())
+    report = st.convert(tmp_path / "own", tmp_path / "lora", **EVERYTHING, model=base)
+    assert report.worst.error < 1e-6
+    want = changes(model)
+    st.load(base, tmp_path / "lora")
+    for name, dW in changes(base).items():
+        assert (dW - want[name]).norm() < 1e-6 * want[name].norm()
 
 
 # ---------------------------------------------------------------- refusals

@@ -188,11 +188,11 @@ def _check_errors(report: ConversionReport, rank: int | None, weights: int, numb
     above = [entry for entry in report.layers if not entry.error <= max(report.tolerance, ROUNDING)]
     worst = report.worst
     if above:
+        enough = max(entry.needed for entry in report.layers)
         raise VerificationError(
             f"{len(above)} of {len(report.layers)} layers exceed the tolerance {report.tolerance:g} at rank "
-            f"{rank or report.rank}; worst: {worst.name} ({worst.method}), error {worst.error:.3g}, needs rank {worst.needed}. "
-            f"Rank {max(entry.needed for entry in report.layers)} does for all layers; or raise the tolerance, or "
-            f"merge the adapter{told}"
+            f"{rank or report.rank}; worst: {worst.name} ({worst.method}), error {worst.error:.3g}, needs rank "
+            f"{worst.needed}. Rank {enough} does for all layers; or raise the tolerance, or merge the adapter{told}"
         )
     if rank is None and numbers > weights and any(entry.how == "fitted" for entry in report.layers):
         largest = max(report.layers, key=lambda entry: entry.rank)
