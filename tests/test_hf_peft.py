@@ -221,6 +221,15 @@ def test_several_adapters(recipe, tmp_path):
     assert status(model)["up"].available_adapters == ["default"]
 
 
+def test_tensors_into_an_adapter_that_has_run():
+    _, model = wrapped(permuted())
+    config = SlimtuneConfig(recipe=permuted(), target_modules=list(Chain.targets), modules_to_save=["classifier"])
+    other = peft.get_peft_model(chain(), config).eval()  # another permutation
+    assert not torch.equal(other(IDS), model(IDS))
+    peft.set_peft_model_state_dict(other, peft.get_peft_model_state_dict(model))
+    assert torch.equal(other(IDS), model(IDS))
+
+
 @three
 def test_merge_and_back(recipe):
     base, model = wrapped(recipe())
@@ -240,6 +249,7 @@ def test_merge_and_back(recipe):
     same(plain(IDS), y)
     assert [type(m) for m in plain.modules()] == [type(m) for m in base.modules()]
     assert {n: set(vars(m)) for n, m in plain.named_modules()} == {n: set(vars(m)) for n, m in base.named_modules()}
+    assert not [m for m in plain.modules() if m._load_state_dict_post_hooks or m._forward_pre_hooks]
     model.merge_adapter()
     bare = model.unload()
     for name, t in base.state_dict().items():

@@ -302,8 +302,6 @@ class SlimtuneModel(BaseTuner):
         if saved:
             # transformers does not load by load_state_dict, whose hook `_adopt` sets
             layer.register_forward_pre_hook(_prepare)
-            if not adapter.scale.is_meta:
-                adapter.scale.fill_(saved.scale)
         layer.adapters[adapter_name] = adapter
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
