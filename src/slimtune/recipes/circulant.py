@@ -42,7 +42,8 @@ def toeplitz(form: str = "product", alpha: float = 1.0, dropout: float = 0.0) ->
     if form not in ("product", "general"):
         raise StructureError(f"toeplitz: form must be 'product' or 'general', got {form!r}")
     structure = ToeplitzProduct if form == "product" else Toeplitz
-    return Recipe(structure, {}, alpha=alpha, dropout=dropout, name="toeplitz", learning_rate=1e-3)
+    rate = 1e-3 if form == "product" else 2e-3
+    return Recipe(structure, {}, alpha=alpha, dropout=dropout, name="toeplitz", learning_rate=rate)
 
 
 def ldr(terms: int = 2, alpha: float = 1.0, dropout: float = 0.0) -> Recipe:
