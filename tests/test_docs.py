@@ -46,7 +46,9 @@ def test_every_public_name_is_in_the_reference() -> None:
     assert set(slimtune.__all__) <= names | modules
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/concepts.md", "docs/huggingface.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/quickstart.md", "docs/concepts.md", "docs/methods.md", "docs/huggingface.md"]
+)
 def test_python_blocks_run(page: str, tmp_path: Path) -> None:
     """The Python blocks of a page, in order, as one script in an empty folder."""
     code = "\n".join(re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.M | re.S))
