@@ -34,5 +34,5 @@ def loldu(
         alpha=1.0 if alpha is None else alpha / rank,
         dropout=dropout,
         name="loldu",
-        learning_rate=1e-2,
+        learning_rate=3e-2,
     )

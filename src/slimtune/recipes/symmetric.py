@@ -46,5 +46,5 @@ def singlora(
         controllers={"Ramp": ramp} if form == "plain" else {},
         start_scale=0.0 if form == "plain" else 1.0,
         name="singlora",
-        learning_rate=1e-3,
+        learning_rate=3e-3,
     )

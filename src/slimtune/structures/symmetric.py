@@ -81,8 +81,8 @@ class Symmetric(Factored):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         A, O, I = self.A, self.out_features, self.in_features
-        if self.form == "plain":
-            return A[:O], A[:I].t()
+        if self.form == "plain":  # a slice costs its gradient a copy even where it is the whole
+            return A if len(A) == O else A[:O], (A if len(A) == I else A[:I]).t()
         if self.form == "core":
             return A[:O] @ self.J, A[:I].t()
         if self.form == "signed":
