@@ -120,7 +120,7 @@ def displaced_matrix(row: Tensor, column: Tensor, U: Tensor, V: Tensor) -> Tenso
     D = left @ right
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _running(D)
-    return _Running.apply(D)
+    return _Running.apply(D, False)
 
 
 def _running(M: Tensor) -> Tensor:
@@ -133,18 +133,24 @@ def _running(M: Tensor) -> Tensor:
 
 
 class _Running(torch.autograd.Function):
-    """`_running` without an intermediate per pass."""
+    """`_running` without an intermediate per pass, or from the bottom right."""
 
     @staticmethod
-    def forward(ctx, M):
+    def forward(ctx, M, back):
+        ctx.back = back
         if min(M.shape) == 1:
             return M.clone()
         spare, step = [torch.empty_like(M), torch.empty_like(M)], 1
         while step < min(M.shape):
             new = spare.pop()
-            new[:step] = M[:step]
-            new[step:, :step] = M[step:, :step]
-            torch.add(M[step:, step:], M[:-step, :-step], out=new[step:, step:])
+            if back:
+                new[-step:] = M[-step:]
+                new[:-step, -step:] = M[:-step, -step:]
+                torch.add(M[:-step, :-step], M[step:, step:], out=new[:-step, :-step])
+            else:
+                new[:step] = M[:step]
+                new[step:, :step] = M[step:, :step]
+                torch.add(M[step:, step:], M[:-step, :-step], out=new[step:, step:])
             if step > 1:
                 spare.append(M)
             M, step = new, 2 * step
@@ -152,4 +158,4 @@ class _Running(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return _Running.apply(grad.flip((0, 1))).flip((0, 1))
+        return _Running.apply(grad, not ctx.back), None
