@@ -97,6 +97,11 @@ def _applied(function, x, W, bias, scale, dropout, *rest):
         return function.apply(x, W, bias, scale, dropout, seed, *rest)
 
 
+def _factor(scale: Tensor, dtype: torch.dtype, dropout: float) -> Tensor:
+    s = _as(scale, dtype)
+    return s / keep_probability(dropout) if dropout else s
+
+
 def _base(x: Tensor, W: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """x W^T + bias as (*T, O), and the same memory as (T, O)."""
     t = x.dtype
@@ -174,7 +179,7 @@ class _BlockLowRank(torch.autograd.Function):
         x2 = x.reshape(-1, x.shape[-1])
         y, y2 = _base(x, W, bias)
         z = dropped(x2, dropout, seed) if dropout else x2
-        s = _as(scale, t) / keep_probability(dropout)
+        s = _factor(scale, t, dropout)
         h = _exchange(torch.bmm(_split(z, K), _as(A, t)).mul_(s))  # (K, T, R)
         _split(y2, K).baddbmm_(h, _as(B, t))
         ctx.dropout, ctx.seed = dropout, seed
@@ -187,7 +192,7 @@ class _BlockLowRank(torch.autograd.Function):
         need_x, need_A, need_B = (ctx.needs_input_grad[i] for i in (0, 6, 7))
         t, K = x.dtype, A.shape[0]
         x2, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        s = _as(scale, t) / keep_probability(ctx.dropout)
+        s = _factor(scale, t, ctx.dropout)
         mask = kept(x2, ctx.dropout, ctx.seed) if ctx.dropout and (need_x or need_A) else None
         if torch.is_grad_enabled():  # a second derivative: differentiate the definition
             z = x2 if mask is None else x2 * mask
@@ -248,7 +253,7 @@ class _Tiled(torch.autograd.Function):
         t = x.dtype
         x2 = x.reshape(-1, x.shape[-1])
         y, y2 = _base(x, W, bias)
-        s = _as(scale, t) / keep_probability(dropout)
+        s = _factor(scale, t, dropout)
         S = block_sum(dropped(x2, dropout, seed) if dropout else x2, D.shape[0]).mul_(s)
         y2.addmm_(S, _as(D, t))
         ctx.dropout, ctx.seed, ctx.shape = dropout, seed, x.shape
@@ -267,7 +272,7 @@ class _Tiled(torch.autograd.Function):
         grad_x = None
         if need_x:
             q = g @ _as(D, t).t()
-            q = (q if grad_S is None else q + grad_S) * (_as(scale, t) / keep_probability(ctx.dropout))
+            q = (q if grad_S is None else q + grad_S) * _factor(scale, t, ctx.dropout)
             mask = kept(S.new_empty(T, I), ctx.dropout, ctx.seed) if ctx.dropout else None
             if torch.is_grad_enabled():
                 grad_x = g @ _as(W, t) + tiled(q, I) * (1 if mask is None else mask)
@@ -341,7 +346,7 @@ class _BlockRow(torch.autograd.Function):
         t, I = x.dtype, x.shape[-1]
         x2 = x.reshape(-1, I)
         z = dropped(x2, dropout, seed) if dropout else x2
-        Bt = (_as(scale, B.dtype) / keep_probability(dropout) * B).to(t).transpose(1, 2)
+        Bt = (_factor(scale, B.dtype, dropout) * B).to(t).transpose(1, 2)
         u = _each_block(z, Bt)
         S = u.sum(1)
         u = u.flatten(1)
@@ -357,7 +362,7 @@ class _BlockRow(torch.autograd.Function):
         need_x, need_B = ctx.needs_input_grad[0], ctx.needs_input_grad[6]
         t, I, N = x.dtype, x.shape[-1], B.shape[1]
         x2, g = x.reshape(-1, I), grad.reshape(-1, grad.shape[-1])
-        s = _as(scale, B.dtype) / keep_probability(ctx.dropout)
+        s = _factor(scale, B.dtype, ctx.dropout)
         mask = kept(x2, ctx.dropout, ctx.seed) if ctx.dropout else None
         z = x2 if mask is None else x2 * mask
         if torch.is_grad_enabled():  # a second derivative: differentiate the definition
