@@ -177,7 +177,11 @@ METHODS = [
         parameters=lambda o, i: 2 * -(-o // 2) * -(-i // 2),
         kept=lambda t, o, i: 8,
     ),
-    Method("c3a-published", lambda **o: st.c3a(block=3, normalization="published", **o)),
+    Method(
+        "c3a-published",
+        lambda **o: replace(st.c3a(block=3, normalization="published", **o), alpha=8.0),
+        parameters=lambda o, i: 3 * -(-o // 3) * -(-i // 3),
+    ),
 ]
 
 
