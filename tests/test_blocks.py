@@ -40,6 +40,9 @@ RECIPES = {
     "row": lambda **o: st.bone(rank=4, form="row", **o),
     "row-cut": lambda **o: st.bone(rank=6, form="row", **o),
     "left": lambda **o: st.bone(rank=4, form="left", **o),
+    "miss-large": lambda **o: st.bone(rank=16, **o),
+    "bat-large": lambda **o: st.bone(rank=16, form="bat", **o),
+    "row-large": lambda **o: st.bone(rank=16, form="row", **o),
     "left-cut": lambda **o: st.bone(rank=8, form="left", **o),
 }
 recipes = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)

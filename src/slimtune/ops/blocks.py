@@ -55,14 +55,15 @@ def tiled(q: Tensor, width: int) -> Tensor:
         >>> tiled(torch.tensor([1, 2]), 5)
         tensor([1, 2, 1, 2, 1])
     """
-    return q.repeat(*(1,) * (q.dim() - 1), -(-width // q.shape[-1]))[..., :width]
+    count = -(-width // q.shape[-1])
+    return q.unsqueeze(-2).expand(*q.shape[:-1], count, q.shape[-1]).flatten(-2)[..., :width]
 
 
 def add_tiled_(y: Tensor, q: Tensor) -> Tensor:
     """y (T, width) += tiled(q (T, size), width), in place."""
     size, width = q.shape[-1], y.shape[-1]
     if y.dtype.itemsize < 4 and y.device.type == "cpu":  # a broadcast sum of 16-bit numbers is 20 times slower
-        return y.add_(tiled(q, width))
+        return y.addmm_(q, tiled(torch.eye(size, dtype=y.dtype, device=y.device), width))
     whole = width // size * size
     if whole:
         y[:, :whole].unflatten(-1, (-1, size)).add_(q[:, None])
@@ -307,9 +308,9 @@ def block_column_change(W: Tensor, B: Tensor) -> Tensor:
     rows, width = cut.shape
     if O % N:  # rows of the last block that dW does not have
         B = torch.cat([B[:-1], F.pad(B[-1:, : O % N], (0, 0, 0, N - O % N))])
-    change = tiled(B.reshape(rows, N), width)
-    change.view(rows // N, -1, N).baddbmm_(cut.reshape(rows // N, -1, N), B)
-    return change[:O, :I]
+    grid = (rows // N, -1, N)
+    change = torch.baddbmm(tiled(B.reshape(rows, N), width).reshape(grid), cut.reshape(grid), B)
+    return change.view(rows, width)[:O, :I]
 
 
 def block_row_change(x: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
