@@ -127,4 +127,5 @@ def block_circulant_gradient(x: Tensor, g: Tensor, shape: tuple[int, int, int]) 
     """Gradient of sum(g * x dW^T) in w, of shape (Km, Kn, N): (T, I), (T, O) -> (Km, Kn, N)."""
     m, n, b = shape
     X, G = torch.fft.rfft(_blocks(x, n, b)), torch.fft.rfft(_blocks(g, m, b))
-    return torch.fft.irfft(torch.einsum("tmf,tnf->mnf", G.conj(), X), b)
+    products = torch.bmm(X.permute(2, 1, 0), G.permute(2, 0, 1).conj_physical())  # one per frequency, (Kn, Km)
+    return torch.fft.irfft(products.permute(2, 1, 0), b)

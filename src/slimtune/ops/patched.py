@@ -63,6 +63,8 @@ def _composed(x: Tensor, W: Tensor, bias: Tensor | None, scale: Tensor, dW: Tens
 
 def _patched(W: Tensor, scale: Tensor, dW: Tensor, dtype: torch.dtype) -> Tensor:
     # added in the wider type and cast once: a small change must not be rounded away twice
+    if W.dtype != dW.dtype and not torch.is_grad_enabled():
+        return W.to(dW.dtype).addcmul_(dW, scale.to(dW.dtype)).to(dtype)
     return torch.addcmul(W.to(dW.dtype), dW, scale.to(dW.dtype)).to(dtype)
 
 
