@@ -26,7 +26,7 @@ def kronecker(rank: int | None = None, alpha: float = 1.0, dropout: float = 0.0)
         rank_power=1.0,
         dropout=dropout,
         name="kronecker",
-        learning_rate=1e-2,
+        learning_rate=3e-2,
     )
 
 
@@ -56,7 +56,7 @@ def lokr(
         rank_power=1.0,
         dropout=dropout,
         name="lokr",
-        learning_rate=5e-3,
+        learning_rate=1e-2,
     )
 
 
@@ -84,7 +84,7 @@ def loha(rank: int = 8, alpha: float | None = None, dropout: float = 0.0) -> Rec
 
 def lokh(
     rank: int | None = None,
-    alpha: float = 1.0,
+    alpha: float | None = None,
     factors: int = 2,
     orientation: str = "columns",
     dropout: float = 0.0,
@@ -97,7 +97,7 @@ def lokh(
     Args:
         rank: None for the chain of whole factors, I (N_1 + ... + N_k) numbers and full rank; R for thin ones,
             R (N_1 + ... + N_k + k I) numbers and rank R^k.
-        alpha: the scale.
+        alpha: the scale. When None 1 for the chain, and 16 with a rank, whose factors start that much smaller.
         factors: k.
         orientation: "columns", or "rows" for the same of the transpose.
         dropout: of the adapter's input, while training; rounded to 1/256.
@@ -105,8 +105,8 @@ def lokh(
     return Recipe(
         KhatriRao,
         {"rank": rank, "factors": factors, "orientation": orientation},
-        alpha=alpha,
+        alpha=(1.0 if rank is None else 16.0) if alpha is None else alpha,
         dropout=dropout,
         name="lokh",
-        learning_rate=2e-3 if rank is None else 2e-2,
+        learning_rate=3e-3 if rank is None else 5e-3,
     )
