@@ -22,8 +22,8 @@ def singlora(
 ) -> Recipe:
     """W + (alpha / R) min(t / T, 1) A A^T with one thin A, its first rows serving the shorter side.
 
-    SingLoRA, Bensaid et al. 2025, arXiv 2507.05566, eq. 8 and section 4.4. A stays as it was drawn until the first
-    step; t counts optimizer steps from 1. In a loop of your own, connect the ramp:
+    SingLoRA, Bensaid et al. 2025, arXiv 2507.05566, eq. 8 and section 4.4. The base is unchanged until training begins;
+    t counts optimizer steps, from 1. In a loop of your own, connect the ramp:
     `for c in st.controllers_of(recipe, total_steps): st.attach(c, model, optimizer)`.
 
     Args:
