@@ -382,3 +382,10 @@ def test_columns_are_those_of_the_definition(structure, options, O, I):
     made = filled(structure(O, I, dtype=DOUBLE, **options))
     index = torch.tensor([[0, I - 1, 3], [1, 0, I // 2]])
     torch.testing.assert_close(made.columns(index), made.dense().T[index])
+
+
+@pytest.mark.parametrize("recipe", [st.kronecker, st.lokr, st.loha, st.lokh], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("bad", [0, -1, 2.5, "8", True], ids=str)
+def test_recipes_refuse_impossible_ranks(recipe, bad):
+    with pytest.raises(st.StructureError, match=f"{recipe.__name__}: rank must be a whole number of at least 1"):
+        recipe(rank=bad)

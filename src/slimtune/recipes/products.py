@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..errors import StructureError
 from ..recipe import Recipe
 from ..structures import Hadamard, KhatriRao, Kronecker
 
@@ -18,7 +19,13 @@ def kronecker(rank: int | None = None, alpha: float = 1.0, dropout: float = 0.0)
             by layer. Where O and I have no common divisor that is 1; `lokr` has no such limit.
         alpha: numerator of the scale.
         dropout: of the adapter's input, while training; rounded to 1/256.
+
+    Raises:
+        StructureError: a rank that is not a whole number of at least 1, an alpha that is 0 or not finite; when
+            attached, options that a layer's sizes cannot take.
     """
+    if rank is not None:
+        _check_rank("kronecker", rank)
     return Recipe(
         Kronecker,
         {"rank": rank},
@@ -48,7 +55,12 @@ def lokr(
         factor: a and b where it divides, else their upper bound; -1 for the largest divisors up to the square root.
         decompose_both: also split w1, where R < max(a, b) / 2.
         dropout: of the adapter's input, while training; rounded to 1/256.
+
+    Raises:
+        StructureError: a rank that is not a whole number of at least 1, an alpha that is 0 or not finite; when
+            attached, options that a layer's sizes cannot take.
     """
+    _check_rank("lokr", rank)
     return Recipe(
         Kronecker,
         {"rank": rank, "factor": factor, "split": "auto-both" if decompose_both else "auto"},
@@ -70,7 +82,12 @@ def loha(rank: int = 8, alpha: float | None = None, dropout: float = 0.0) -> Rec
         rank: R of both.
         alpha: numerator of the scale; R when None.
         dropout: of the adapter's input, while training; rounded to 1/256.
+
+    Raises:
+        StructureError: a rank that is not a whole number of at least 1, an alpha that is 0 or not finite; when
+            attached, options that a layer's sizes cannot take.
     """
+    _check_rank("loha", rank)
     return Recipe(
         Hadamard,
         {"rank": rank},
@@ -101,7 +118,13 @@ def lokh(
         factors: k.
         orientation: "columns", or "rows" for the same of the transpose.
         dropout: of the adapter's input, while training; rounded to 1/256.
+
+    Raises:
+        StructureError: a rank that is not a whole number of at least 1, an alpha that is 0 or not finite; when
+            attached, options that a layer's sizes cannot take.
     """
+    if rank is not None:
+        _check_rank("lokh", rank)
     return Recipe(
         KhatriRao,
         {"rank": rank, "factors": factors, "orientation": orientation},
@@ -110,3 +133,8 @@ def lokh(
         name="lokh",
         learning_rate=3e-3 if rank is None else 5e-3,
     )
+
+
+def _check_rank(method: str, rank: object) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise StructureError(f"{method}: rank must be a whole number of at least 1, got {rank!r}")
