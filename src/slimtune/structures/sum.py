@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import StructureError
-from .base import Structure
+from .base import Factored, Structure
 
 __all__ = ["Sum"]
 
@@ -67,7 +67,11 @@ class Sum(Structure):
 
     @property
     def work(self) -> float:
-        return sum(part.work for part in self._all())
+        thin = self.out_features + self.in_features
+        return sum(
+            part.rank * thin if isinstance(part, Factored) and part.rank is not None else part.work
+            for part in self._all()
+        )
 
     def dense(self) -> Tensor:
         first, *rest = self._all()
