@@ -217,6 +217,13 @@ LAYERS = [
 
 LORA, DORA, DORA_EXACT = (next(m for m in METHODS if m.id == name) for name in ("lora", "dora", "dora-exact"))
 methods = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.id)
+
+
+def methods_with(trait: Callable[[Method], object]) -> pytest.MarkDecorator:
+    """The rows that have something a test needs."""
+    return pytest.mark.parametrize("method", [m for m in METHODS if trait(m)], ids=lambda m: m.id)
+
+
 kinds = pytest.mark.parametrize(
     "layer", [x for x in LAYERS if x.id in ("linear", "conv1d-hf", "conv2d", "embedding")], ids=lambda m: m.id
 )

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import slimtune as st
-from cases import LAYERS, METHODS, adapted, dense_forward, gradients, layers, methods
+from cases import LAYERS, METHODS, adapted, dense_forward, gradients, layers, methods, methods_with
 from slimtune.ops.dropout import draw_seed, dropped, keep_probability
 
 
@@ -28,13 +28,11 @@ def test_no_grad_path_equals_grad_path(method, layer):
     torch.testing.assert_close(quiet, model(x), rtol=1e-12, atol=1e-13)
 
 
-@methods
+@methods_with(lambda m: m.exact)  # a detached norm is held against the definition above
 @pytest.mark.parametrize(
     "layer", [x for x in LAYERS if x.id in ("linear", "linear-flat", "conv2d-strided")], ids=lambda m: m.id
 )
 def test_gradcheck(method, layer):
-    if not method.exact:
-        pytest.skip("a detached norm is not the gradient of the forward; held against the definition above")
     model, x = adapted(method, layer)
     parameters = [p for _, p in st.trainable_parameters(model)]
 
@@ -44,22 +42,18 @@ def test_gradcheck(method, layer):
     assert torch.autograd.gradcheck(f, (x, *parameters))
 
 
-@methods
+@methods_with(lambda m: m.parameters)
 @layers
 def test_parameter_count_is_the_papers(method, layer):
-    if method.parameters is None:
-        pytest.skip("no published count")
     model, _ = adapted(method, layer)
     sizes = model.layer.layout.sizes(model.layer)
     assert st.summary(model).trainable == method.parameters(*sizes)
 
 
 @methods
-@layers
+@pytest.mark.parametrize("layer", [x for x in LAYERS if not x.id.startswith("embedding")], ids=lambda m: m.id)
 @pytest.mark.parametrize("p", [0.3, 0.02])
 def test_dropout_touches_only_the_branch_of_the_change(method, layer, p):
-    if layer.id.startswith("embedding"):
-        pytest.skip("dropout does not apply to token ids")
     model, x = adapted(method, layer, dropout=p)
     model.train()
     torch.manual_seed(5)
@@ -83,11 +77,9 @@ def test_dropout_touches_only_the_branch_of_the_change(method, layer, p):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
-@methods
+@methods_with(lambda m: m.rank_dropout)
 @layers
 def test_rank_dropout_keeps_the_expectation(method, layer):
-    if not method.rank_dropout:
-        pytest.skip("has no rank dropout")
     model, x = adapted(method, layer, rank_dropout=0.5)
     with torch.no_grad():
         sure = model(x)
