@@ -57,7 +57,7 @@ TASKS: dict[str, RealTask] = {
     "jpeg_cifar": RealTask(
         "JPEG-CIFAR, accuracy",
         "jpeg_cifar.yaml",
-        ("per_device_train_batch_size=64", "max_steps=120", "modules_to_save=[linear]", "max_eval_samples=2500"),
+        ("per_device_train_batch_size=64", "max_steps=80", "modules_to_save=[linear]", "max_eval_samples=2500"),
         "accuracy",
     ),
     "shakespeare": RealTask(
