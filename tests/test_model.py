@@ -272,6 +272,23 @@ def test_param_groups():
         st.param_groups(nn.Linear(2, 2).requires_grad_(False), lr=0.1)
 
 
+def test_param_groups_without_a_rate_take_the_recipes_own():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    st.adapt(model, st.kronecker(), ["0"], name="a", modules_to_save=["2"])
+    st.adapt(model, st.bone(rank=2), ["1"], name="b")
+    for module, name in ((model[0], "a"), (model[2], "a")):
+        module.adapters[name].requires_grad_(True)
+    rates = {id(p): g["lr"] for g in st.param_groups(model, b_ratio=2) for p in g["params"]}
+    wanted = {"0": st.kronecker().learning_rate, "1": st.bone().learning_rate, "2": 1e-3}
+    for name, p in st.trainable_parameters(model):
+        layer = name.split(".")[0]
+        fast = layer != "2" and name.rpartition(".")[2] in model.get_submodule(name.rpartition(".")[0]).fast_parameters
+        assert rates[id(p)] == pytest.approx(wanted[layer] * (2 if fast else 1)), name
+    with pytest.raises(st.ConfigError, match="bias trains but belongs to no adapter; give lr"):
+        model[0].bias.requires_grad_(True)
+        st.param_groups(model)
+
+
 class Recorder(st.Controller):
     def __init__(self):
         self.steps, self.norms = 0, []

@@ -14,10 +14,11 @@ import slimtune as st
 from slimtune.app.config import TrainConfig
 from slimtune.app.weights import inside
 from slimtune.errors import ConfigError
+from slimtune.groups import HEAD_RATE
 from slimtune.recipe import matches
 from slimtune.targets import saved_modules
 
-RATES = {"full": 5e-5, "head": 1e-3}  # for AdamW, where no recipe says better
+RATES = {"full": 5e-5, "head": HEAD_RATE}  # for AdamW, where no recipe says better
 MAX_RANK = 1 << 16
 
 
