@@ -312,10 +312,19 @@ def adapted(method: Method, layer: Layer, dtype: torch.dtype = torch.float64, **
     return model, x
 
 
+def dense_weight(host: Host) -> Tensor:
+    """W' by the definitions of structures and compositions."""
+    W = host.layout(host).weight()
+    for name in host.active_adapters:
+        adapter = host.adapters[name]
+        W = adapter.composition.weight(W, adapter.dense())
+    return W
+
+
 def dense_forward(host: Host, x: Tensor) -> Tensor:
     """The definition: build W' and apply it."""
     base = host.layout(host)
-    return base.with_weight(x, host.map().weight(), base.bias)
+    return base.with_weight(x, dense_weight(host), base.bias)
 
 
 def gradients(output: Tensor, model: nn.Module, x: Tensor) -> list[Tensor]:

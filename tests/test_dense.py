@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import slimtune as st
-from cases import LAYERS, METHODS, adapted, dense_forward, gradients, layers, methods, methods_with
+from cases import LAYERS, METHODS, adapted, dense_forward, dense_weight, gradients, layers, methods, methods_with
 from slimtune.ops.dropout import draw_seed, dropped, keep_probability
 
 
@@ -15,6 +15,7 @@ def test_forward_and_gradients_equal_the_definition(method, layer):
     model, x = adapted(method, layer)
     fast, slow = model(x), dense_forward(model.layer, x)
     torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(model.layer.map().weight(), dense_weight(model.layer), rtol=1e-10, atol=1e-12)
     for a, b in zip(gradients(fast, model, x), gradients(slow, model, x), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
@@ -71,7 +72,7 @@ def test_dropout_touches_only_the_branch_of_the_change(method, layer, p):
             factor = adapter.composition.weight(W, change.detach()) / (W + change.detach())
         slow = base.with_weight(x, factor * W, base.bias) + base.with_weight(z, factor * change, None)
     else:  # the whole of what the adapter changes sees the dropped input
-        slow = base(x) + base.with_weight(z, host.map().weight() - base.weight(), None)
+        slow = base(x) + base.with_weight(z, dense_weight(host) - base.weight(), None)
     torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-12)
     for a, b in zip(gradients(fast, model, x), gradients(slow, model, x), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import slimtune as st
-from cases import DORA_EXACT, LAYERS, LORA, Chain, adapted, methods, shake
+from cases import DORA_EXACT, LAYERS, LORA, Chain, adapted, kinds, methods, shake
 
 
 def mlp(bias=True, dtype=torch.float64):
@@ -118,6 +118,12 @@ def test_rank_dropout_below_does_not_shake_the_norm_above():
     V = torch.randn(6, 3, dtype=torch.float64)
     assert torch.equal(host.map("default").matmul(V), host.map("default").matmul(V))
     torch.testing.assert_close(host.map("default").matmul(V), host.map("default").weight() @ V)
+    parts = [{"structure": "LowRank", "rank": 4, "rank_dropout": 0.5}, {"structure": "Toeplitz"}]
+    both = st.Sum(5, 6, parts=parts, dtype=torch.float64)
+    with torch.no_grad():
+        for p in both.parameters():
+            p.normal_()
+    torch.testing.assert_close(both.matmul(V), both.dense() @ V)
 
 
 def test_every_member_of_a_broken_tie_gets_its_own_weight(tmp_path):
@@ -145,6 +151,39 @@ def test_stack_of_magnitudes_on_bf16(method):
     st.adapt(model, method.recipe(), ["0"])
     shake(model)
     model(torch.randn(3, 6, dtype=torch.bfloat16)).sum().backward()
+
+
+@methods
+@kinds
+def test_empty_batches(method, layer):
+    model, x = adapted(method, layer)
+    for context in (torch.no_grad(), torch.enable_grad()):
+        with context:
+            y = model(x[:0])
+        assert y.shape == (0, *model(x).shape[1:])
+    y.sum().backward()
+    assert all(p.grad is None or not p.grad.any() for _, p in st.trainable_parameters(model))
+
+
+@methods
+def test_ids_of_32_bits(method):
+    model, ids = adapted(method, next(x for x in LAYERS if x.id == "embedding"))
+    assert torch.equal(model(ids.int()), model(ids))
+
+
+@methods
+def test_functional_transforms_with_dropout(method):
+    model = mlp().train()
+    st.adapt(model, method.recipe(dropout=0.3))
+    shake(model)
+    parameters = dict(model.named_parameters())
+    x = torch.randn(5, 6, dtype=torch.float64)
+
+    def loss(p, x):
+        return torch.func.functional_call(model, p, (x,)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0), randomness="different")(parameters, x)
+    assert all(each[n].isfinite().all() for n, _ in st.trainable_parameters(model))
 
 
 @methods

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import slimtune as st
 from cases import METHODS, Chain, methods, shake
@@ -133,3 +134,30 @@ def test_dropout_statistics():
     for column in dropped(x, 0.5, 1).mean(0)[:16]:  # no byte of the random words is biased
         assert 0.35 < column < 0.65
     assert abs(replayed_dropout(lambda z: z, x, 0.3).mean().item() - 1) < 0.01
+
+
+class Largest(TorchDispatchMode):
+    """Remembers how many numbers the largest new tensor had."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for t in torch.utils._pytree.tree_leaves(out):
+            if isinstance(t, torch.Tensor):
+                self.numel = max(self.numel, t.untyped_storage().nbytes() // t.element_size())
+        return out
+
+
+@methods
+def test_nothing_grows_with_the_square_of_a_vocabulary(method):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(1200, 8))
+    with Largest() as largest:
+        st.adapt(model, method.recipe(), ["0"])
+        shake(model)
+        model(torch.randint(0, 1200, (2, 3))).sum().backward()
+        st.adapt(model, st.dora(rank=2, axis="column"), ["0"], name="above")
+        model(torch.randint(0, 1200, (2, 3))).sum().backward()
+        st.merge(model)
+    assert largest.numel <= 12 * 8 * 1200

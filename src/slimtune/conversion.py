@@ -239,11 +239,11 @@ def _fit(
             norm = _norm_of_product(scale * left, right)
             lost = _norm_of_product(torch.cat([scale * left, -B.to(wide)], 1), torch.cat([right, A.to(wide)]))
         else:
-            norm, lost = _norms(scale * structure.dense(), B, A)
+            norm, lost = _norms(scale * structure.matrix(), B, A)
     else:
         how = "fitted"
         if additive:
-            dW = scale * structure.dense()
+            dW = scale * structure.matrix()
         else:
             dW = Adapted(adapter, below, False).weight(wide) - below.weight(wide)
         B, A, squares = _best_of(dW, rank, allowed)

@@ -24,13 +24,7 @@ class Additive(Composition):
 
     def matmul(self, V: Tensor, base: LinearMap, delta: Structure, scale: Tensor) -> Tensor:
         y = base.matmul(V)
-        if isinstance(delta, Factored):  # not delta(V): its rank dropout is for data
-            B, A = delta.factors()
-            change = B @ (A @ V.to(A.dtype))
-        else:
-            dW = delta.dense()
-            change = dW @ V.to(dW.dtype)
-        return y + scale.to(y.dtype) * change.to(y.dtype)
+        return y + scale.to(y.dtype) * delta.matmul(V).to(y.dtype)
 
     def row_square(self, base: LinearMap, delta: Structure, scale: Tensor) -> Tensor:
         if not isinstance(delta, Factored):

@@ -125,7 +125,7 @@ class Composition(nn.Module, ABC):
 
     def effective(self, base: LinearMap, delta: Structure, scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """W', (O, I), computed in `dtype`; by default in the wider of the dtypes of W and dW."""
-        W, dW = base.weight(dtype), delta.dense()
+        W, dW = base.weight(dtype), delta.matrix()
         t = dtype or torch.promote_types(W.dtype, dW.dtype)
         return self.weight(W.to(t), scale.to(t) * dW.to(t))
 

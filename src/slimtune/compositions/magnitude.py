@@ -41,7 +41,7 @@ class Squares:
 
     def _sum(self) -> Tensor:
         if self.V is None:
-            W, dW = self.base.weight(), self.delta.dense()
+            W, dW = self.base.weight(), self.delta.matrix()
             t = torch.promote_types(W.dtype, dW.dtype)
             self.V = W.to(t) + self.scale.to(t) * dW.to(t)
         return self.V
@@ -108,13 +108,7 @@ class Rescaled(Composition):
         if e is not None:
             V = e.to(V.dtype)[:, None] * V
         y = base.matmul(V)
-        if isinstance(delta, Factored):
-            B, A = delta.factors()
-            change = B @ (A @ V.to(A.dtype))
-        else:
-            dW = delta.dense()
-            change = dW @ V.to(dW.dtype)
-        y = y + scale.to(y.dtype) * change.to(y.dtype)
+        y = y + scale.to(y.dtype) * delta.matmul(V).to(y.dtype)
         return y if d is None else d.to(y.dtype)[:, None] * y
 
     def _forget(self) -> None:

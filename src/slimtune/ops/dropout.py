@@ -63,9 +63,9 @@ class _Drop(torch.autograd.Function):
 def replayed_dropout(function: Callable[[Tensor], Tensor], x: Tensor, p: float) -> Tensor:
     """function(dropout(x, p)), keeping x for the backward pass wherever `function` would keep the dropped x.
 
-    Under torch.compile this is ordinary dropout: the compiler recomputes masks by itself.
+    Under torch.compile, where the compiler recomputes masks by itself, and under torch.func this is ordinary dropout.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function(torch.nn.functional.dropout(x, p, training=True))
     seed = draw_seed()
     d = _Drop.apply(x, p, seed)

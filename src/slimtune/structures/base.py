@@ -60,6 +60,11 @@ class Structure(nn.Module, ABC):
         """x dW^T. Override with a faster way of computing the same."""
         return F.linear(x, self.matrix().to(x.dtype))
 
+    def matmul(self, V: Tensor) -> Tensor:  # (I, R) -> (O, R)
+        """dW V in at least fp32, without any dropout: for maps on top of this one."""
+        V = V.to(torch.promote_types(V.dtype, torch.float32))
+        return self(V.t()).t()
+
     def columns(self, index: Tensor) -> Tensor:  # (*T) of 0 .. I-1 -> (*T, O)
         """dW[:, index], the change of an embedding's entries. Override where a column costs less than dW."""
         return F.embedding(index, self.matrix().t())
@@ -155,6 +160,11 @@ class Factored(Structure):
     def factors(self) -> tuple[Tensor, Tensor]:
         """(B, A): (O, R) and (R, I), differentiable in the parameters."""
 
+    @property
+    def work(self) -> float:
+        rank = self.rank
+        return super().work if rank is None else rank * (self.out_features + self.in_features)
+
     def exact_factors(self) -> tuple[Tensor, Tensor] | None:
         return self.factors()
 
@@ -168,6 +178,10 @@ class Factored(Structure):
         if self.training and self.rank_dropout:
             h = F.dropout(h, self.rank_dropout)
         return F.linear(h, B.to(x.dtype))
+
+    def matmul(self, V: Tensor) -> Tensor:
+        B, A = self.factors()
+        return B @ (A @ V.to(A.dtype))
 
     def columns(self, index: Tensor) -> Tensor:
         B, A = self.factors()

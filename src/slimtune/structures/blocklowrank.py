@@ -96,7 +96,7 @@ class BlockLowRank(Structure):
         A, B = self._grid()
         K, N = A.shape[:2]
         h = F.embedding(index, A.reshape(K * N, self.rank)).unflatten(-1, (K, 1, -1))  # (*T, j, 1, S)
-        own = F.one_hot(index // N, K).to(h.dtype)[..., None, :, None]  # (*T, 1, n, 1)
+        own = F.one_hot((index // N).long(), K).to(h.dtype)[..., None, :, None]  # (*T, 1, n, 1)
         return torch.einsum("...jns,jnso->...jo", h * own, B).flatten(-2)
 
     def exact_factors(self) -> tuple[Tensor, Tensor]:

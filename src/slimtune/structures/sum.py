@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import StructureError
-from .base import Factored, Structure
+from .base import Structure
 
 __all__ = ["Sum"]
 
@@ -67,15 +67,19 @@ class Sum(Structure):
 
     @property
     def work(self) -> float:
-        thin = self.out_features + self.in_features
-        return sum(
-            part.rank * thin if isinstance(part, Factored) and part.rank is not None else part.work
-            for part in self._all()
-        )
+        return sum(part.work for part in self._all())
 
     def dense(self) -> Tensor:
         first, *rest = self._all()
         return sum((part.dense() for part in rest), first.dense())
+
+    def matrix(self) -> Tensor:
+        first, *rest = self._all()
+        return sum((part.matrix() for part in rest), first.matrix())
+
+    def matmul(self, V: Tensor) -> Tensor:
+        first, *rest = self._all()
+        return sum((part.matmul(V) for part in rest), first.matmul(V))
 
     def forward(self, x: Tensor) -> Tensor:
         first, *rest = self._all()
