@@ -49,7 +49,7 @@ class RealTask:
 
 
 TASKS: dict[str, RealTask] = {
-    "trec": RealTask("TREC, accuracy", "trec.yaml", ("per_device_train_batch_size=8", "max_steps=300"), "accuracy"),
+    "trec": RealTask("TREC, accuracy", "trec.yaml", ("per_device_train_batch_size=8", "max_steps=200"), "accuracy"),
     "cola": RealTask("CoLA, Matthews", "cola.yaml", ("per_device_train_batch_size=8", "max_steps=500"), "mcc"),
     "rte": RealTask(
         "RTE, accuracy", "rte.yaml", ("max_length=80", "max_steps=200", "max_eval_samples=300"), "accuracy"
@@ -63,7 +63,7 @@ TASKS: dict[str, RealTask] = {
     "shakespeare": RealTask(
         "Shakespeare, nats",
         "shakespeare.yaml",
-        ("per_device_train_batch_size=8", "max_steps=150"),
+        ("per_device_train_batch_size=8", "max_steps=80"),
         "loss",
         "base",
         False,
