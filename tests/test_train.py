@@ -1,5 +1,6 @@
 """What a training run promises, on models of a few thousand parameters."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -263,6 +264,37 @@ def test_budget_buys_the_largest_rank_that_fits(llama, text, tmp_path):
     with pytest.raises(st.ConfigError, match=f"too few: dora of rank 1 has {size(1):,}"):
         fit_rank(cfg, model, size(1) - 1)
     assert not any(p.is_meta for p in model.parameters())
+
+
+def test_budget_where_more_rank_buys_nothing(llama, text, tmp_path):
+    """LoKr's factors are whole from some rank on; SURM's Kronecker adapter has O + I numbers at any rank."""
+    from slimtune.app.method import fit_rank
+    from slimtune.app.tasks import build_task
+
+    cfg = text_config(llama, text, tmp_path / "run", method="lokr", method_options={}, budget=1)
+    model = build_task(cfg).model
+
+    def size(rank):
+        ghost = copy.deepcopy(model)
+        st.adapt(ghost, st.lokr(rank=rank))
+        return sum(p.numel() for _, p in st.trainable_parameters(ghost))
+
+    assert size(1) < size(2) < size(3) == size(64)
+    assert fit_rank(cfg, model, 10**6) == 3
+    cfg = cfg.model_copy(update={"method": "kronecker"})
+    with pytest.raises(st.ConfigError, match="budget: kronecker has 496 parameters on these layers whatever its rank"):
+        fit_rank(cfg, model, 10**6)
+
+
+def test_b_ratio_that_nothing_reads_is_refused(tmp_path):
+    from slimtune.app.method import apply_method, make_groups
+    from slimtune.app.tasks import build_task
+
+    cfg = image_config(tmp_path, method="singlora", method_options={"rank": 2}, b_ratio=4.0)
+    task = build_task(cfg)
+    method = apply_method(cfg, task.model, task.head)
+    with pytest.raises(st.ConfigError, match="b_ratio: no factor of singlora starts at zero"):
+        make_groups(cfg, task.model, method, task.head)
 
 
 def test_learning_rates_reach_their_parameters(tmp_path):

@@ -47,7 +47,8 @@ def make_recipe(name: str, options: dict[str, Any]) -> st.Recipe:
     try:
         return function(**options)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"method_options: {name}: {error}") from error
+        reason = str(error).removeprefix(f"{name}: ")
+        raise ConfigError(f"method_options: {name}: {reason}") from error
 
 
 def apply_method(cfg: TrainConfig, model: nn.Module, new_head: Sequence[str]) -> Method:
@@ -86,10 +87,12 @@ def _train_only(model: nn.Module, head: list[str]) -> list[str]:
 
 
 def fit_rank(cfg: TrainConfig, model: nn.Module, budget: int) -> int:
-    """The largest rank whose adapter, without modules_to_save, has at most `budget` parameters; counted on meta.
+    """The rank of the largest adapter, without modules_to_save, of at most `budget` parameters; counted on meta.
+
+    Where more rank adds no parameters (LoKr's whole factors) it is the smallest of those.
 
     Raises:
-        ConfigError: rank 1 is already larger than the budget.
+        ConfigError: rank 1 is already larger than the budget, or every rank has the same size.
     """
 
     def size(rank: int) -> int:
@@ -109,7 +112,14 @@ def fit_rank(cfg: TrainConfig, model: nn.Module, budget: int) -> int:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if _fits(size, middle, budget) else (low, middle)
-    return low
+    most = size(low)
+    if low > 1 and most == smallest:
+        raise ConfigError(f"budget: {cfg.method} has {most:,} parameters on these layers whatever its rank; remove it")
+    below, rank = 0, low
+    while rank - below > 1:
+        middle = (below + rank) // 2
+        below, rank = (middle, rank) if _fits(size, middle, most - 1) else (below, middle)
+    return rank
 
 
 def _fits(size: Any, rank: int, budget: int) -> bool:
@@ -142,6 +152,8 @@ def trained_rows(model: nn.Module, method: Method) -> list[dict[str, Any]]:
 def make_groups(cfg: TrainConfig, model: nn.Module, method: Method, head: Sequence[str]) -> list[dict[str, Any]]:
     """Optimizer groups: those of `st.param_groups`, with the head's parameters split off at their own rate."""
     made = st.param_groups(model, lr=method.learning_rate, b_ratio=cfg.b_ratio, weight_decay=cfg.weight_decay)
+    if cfg.b_ratio != 1 and all(group["name"] != "fast" for group in made):
+        raise ConfigError(f"b_ratio: no factor of {cfg.method} starts at zero, so nothing would use it")
     rate = cfg.head_learning_rate
     if rate is None and cfg.learning_rate is None and method.recipe is not None and method.whole:
         rate = RATES["head"]

@@ -61,6 +61,8 @@ def lokr(
             attached, options that a layer's sizes cannot take.
     """
     _check_rank("lokr", rank)
+    if not isinstance(decompose_both, bool):
+        raise StructureError(f"lokr: decompose_both must be true or false, got {decompose_both!r}")
     return Recipe(
         Kronecker,
         {"rank": rank, "factor": factor, "split": "auto-both" if decompose_both else "auto"},
