@@ -144,6 +144,43 @@ def test_every_member_of_a_broken_tie_gets_its_own_weight(tmp_path):
         torch.testing.assert_close(again(input_ids=ids, decoder_input_ids=ids).logits, y, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "match"),
+    [
+        (lambda: st.lora(rank=10**9), "would hold 14,000,000,000 numbers for a weight of 8 x 6, expected at most"),
+        (lambda: st.bone(rank=10**9), "would hold"),
+        (lambda: st.bone(rank=10**9, form="bat"), "would hold"),
+        (lambda: st.gralora(hybrid_rank=10**12), "would hold"),
+        (lambda: st.ldr(terms=2**63), "cannot be built for 8 x 6"),
+        (lambda: st.singlora(rank=10**30, alpha=1), "cannot be built for 8 x 6"),
+        (lambda: st.lora(rank=10**400), "alpha must be a finite number"),
+        (lambda: st.lora(alpha=1e308), "is more than fp32 holds"),
+        (lambda: st.lokh(factors=10**9), "factors must be a whole number from 2 to 64"),
+        (lambda: st.Recipe(st.KhatriRao, {"sizes": [1] * 65}), "sizes must be 2 to 64 numbers"),
+        (lambda: st.Recipe(st.LowRank, {}, rank_power=10**12), "rank_power must be a number of at most 8"),
+        (lambda: st.lora(rank_dropout="0.5"), "rank_dropout must be a finite number, got '0.5'"),
+        (lambda: st.circulant(hadamard="no"), "hadamard must be true or false, got 'no'"),
+        (lambda: st.dora(detach="no"), "detach must be true or false, got 'no'"),
+        (lambda: st.loldu(unit=0), "unit must be true or false, got 0"),
+        (lambda: st.loldu(rank=0, alpha=1), "rank must be a whole number of at least 1, got 0"),
+        (lambda: st.loldu(alpha="x"), "alpha must be a number, got 'x'"),
+        (lambda: st.singlora(ramp_share="x"), r"share must be in \(0, 1\], got 'x'"),
+        (lambda: st.bone(mini_rank=0, form="mini"), "mini_rank must be a whole number of at least 1, got 0"),
+        (lambda: st.Recipe(st.LowRank, {}, st.Magnitude, {"eps": 0.0}), r"eps must be in \(0, 1\], got 0.0"),
+    ],
+)
+def test_hostile_options_are_refused_before_anything_is_allocated(recipe, match):
+    model = nn.Sequential(nn.Linear(6, 8))
+    with pytest.raises(st.StructureError, match=match):
+        st.adapt(model, recipe(), ["0"])
+    assert type(model[0]) is nn.Linear
+
+
+def test_blocks_far_beyond_the_layer_cost_nothing():
+    W, dW = torch.randn(3, 5), torch.randn(3, 5)
+    assert torch.equal(st.BlockAffine(block=10**9).weight(W, dW), st.BlockAffine(block=5).weight(W, dW))
+
+
 @methods
 def test_stack_of_magnitudes_on_bf16(method):
     model = nn.Sequential(nn.Linear(6, 5)).bfloat16()

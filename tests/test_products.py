@@ -358,7 +358,7 @@ def test_khatri_rao_counts_of_the_survey():
 def test_khatri_rao_refusals():
     with pytest.raises(st.StructureError, match=r"product of at least 12, got \[3, 3\]; \[3, 4\] would do"):
         st.KhatriRao(12, 5, sizes=[3, 3])
-    with pytest.raises(st.StructureError, match="factors must be a whole number of at least 2, got 1"):
+    with pytest.raises(st.StructureError, match="factors must be a whole number from 2 to 64, got 1"):
         st.KhatriRao(12, 5, factors=1)
     with pytest.raises(st.StructureError, match="orientation must be 'columns' or 'rows'"):
         st.KhatriRao(12, 5, orientation="diagonal")

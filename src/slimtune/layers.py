@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .compositions import LinearMap
 from .compositions.base import version
-from .errors import TargetError, UninitializedError
+from .errors import StructureError, TargetError, UninitializedError
 from .ops import replayed_dropout, square_rmatmul
 from .recipe import Recipe
 from .structures import Factored, Structure
@@ -56,7 +56,10 @@ class Adapter(nn.Module):
         self.composition.build(out_features, in_features, **kwargs)
         self.dropout = recipe.dropout
         self.awaited: set[str] = set()  # controllers of the recipe that nobody has attached yet
-        scale = recipe.start_scale * recipe.scale(self.structure.rank)
+        full = recipe.scale(self.structure.rank)
+        scale = recipe.start_scale * full
+        if not max(abs(full), abs(scale)) <= torch.finfo(torch.float32).max:
+            raise StructureError(f"{recipe.name}: a scale of {full:g} (start {scale:g}) is more than fp32 holds")
         self.register_buffer("scale", torch.tensor(scale, dtype=kwargs.get("dtype"), device=kwargs.get("device")))
 
     @torch.no_grad()

@@ -55,8 +55,8 @@ class Recipe:
         learning_rate: what AdamW usually wants for this method's parameters.
 
     Raises:
-        StructureError: an option the structure or composition does not have, a dropout outside [0, 1), or an alpha
-            that is 0 or not finite.
+        StructureError: an option the structure or composition does not have, or of another type than its own; a
+            dropout outside [0, 1), an alpha that is 0 or not finite.
 
     Example:
         >>> import slimtune as st
@@ -79,14 +79,16 @@ class Recipe:
     learning_rate: float = 1e-3
 
     def __post_init__(self) -> None:
-        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+        if not is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise StructureError(f"{self.name}: dropout must be a number in [0, 1), got {self.dropout!r}")
-        if not _is_number(self.alpha) or not math.isfinite(self.alpha):
+        if not is_number(self.alpha) or not math.isfinite(self.alpha):
             raise StructureError(f"{self.name}: alpha must be a finite number, got {self.alpha!r}")
         if self.alpha == 0:
             raise StructureError(f"{self.name}: alpha must not be 0; the adapter could never change anything")
-        if not _is_number(self.start_scale) or not math.isfinite(self.start_scale):
+        if not is_number(self.start_scale) or not math.isfinite(self.start_scale):
             raise StructureError(f"{self.name}: start_scale must be a finite number, got {self.start_scale!r}")
+        if not is_number(self.rank_power) or not abs(self.rank_power) <= 8:
+            raise StructureError(f"{self.name}: rank_power must be a number of at most 8, got {self.rank_power!r}")
         _check_options(self.structure, self.options, self.name)
         _check_options(self.composition, self.composition_options, self.name)
         for pattern, changes in self.overrides.items():
@@ -151,23 +153,29 @@ class Recipe:
                 raise StructureError(f"recipe: controller {controller!r} must be a table, got {type(options).__name__}")
         for key in ("alpha", "rank_power", "dropout", "start_scale", "learning_rate"):
             value = data.get(key, 0.0)
-            if not _is_number(value):
+            if not is_number(value):
                 raise StructureError(f"recipe: {key} must be a number, got {value!r}")
         if not isinstance(data.get("name", ""), str):
             raise StructureError(f"recipe: name must be a string, got {data['name']!r}")
         return cls(**data)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def is_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return isinstance(value, float) or abs(value) < 2**1023  # JSON can hold whole numbers that no float can
 
 
 def _check_options(cls: type, options: Mapping[str, Any], where: str) -> None:
-    known = [
-        p.name
+    known = {
+        p.name: getattr(p.annotation, "__name__", p.annotation)
         for p in inspect.signature(cls).parameters.values()
         if p.kind is p.KEYWORD_ONLY and p.name not in ("device", "dtype")
-    ]
-    for key in options:
+    }
+    for key, value in options.items():
+        if known.get(key) == "bool" and not isinstance(value, bool):
+            raise StructureError(f"{where}: {key} must be true or false, got {value!r}")
+        if known.get(key) == "float" and not (is_number(value) and math.isfinite(value)):  # type: ignore[arg-type]
+            raise StructureError(f"{where}: {key} must be a finite number, got {value!r}")
         if key not in known:
             raise StructureError(f"{where}: {cls.__name__} has no option {key!r}; it has {', '.join(known) or 'none'}")

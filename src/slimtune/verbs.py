@@ -136,13 +136,34 @@ def build_adapter(module: nn.Module, name: str, recipe: Recipe, device: torch.de
     layout = layout_of(own_class(module))
     dtype = torch.float64 if module.weight.dtype == torch.float64 else torch.float32
     try:
-        sizes = layout.sizes(module)  # type: ignore[union-attr]
-        adapter = Adapter(recipe, *sizes, device=device or module.weight.device, dtype=dtype)
+        O, I = layout.sizes(module)  # type: ignore[union-attr]
+        adapter = _outline(recipe, O, I, dtype)
+        if device != "meta":
+            _check_size(adapter, O, I)
+            adapter = Adapter(recipe, O, I, device=device or module.weight.device, dtype=dtype)
     except SlimtuneError as e:
         raise type(e)(f"{name}: {e}") from None
     if not layout.takes_dropout:  # type: ignore[union-attr]
         adapter.dropout = 0.0
     return adapter.train(module.training)
+
+
+def _outline(recipe: Recipe, O: int, I: int, dtype: torch.dtype) -> Adapter:
+    """An adapter on the meta device, where sizes that no memory can hold cost nothing."""
+    try:
+        return Adapter(recipe, O, I, device="meta", dtype=dtype)
+    except (OverflowError, RuntimeError, TypeError) as e:
+        raise StructureError(f"{recipe.name} cannot be built for {O} x {I}: {str(e).splitlines()[0]}") from e
+
+
+def _check_size(adapter: Adapter, O: int, I: int) -> None:
+    """Refuse a mistyped rank before it fills the memory."""
+    numbers, most = sum(p.numel() for p in adapter.parameters()), 2**24 + 16 * O * I
+    if numbers > most:
+        raise StructureError(
+            f"{adapter.recipe.name} would hold {numbers:,} numbers for a weight of {O} x {I}, expected at most "
+            f"{most:,}; lower its rank or block"
+        )
 
 
 def attach_adapters(model: nn.Module, built: dict[str, Adapter], name: str, saved: Sequence[str] = ()) -> None:

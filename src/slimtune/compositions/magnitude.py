@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import StructureError
 from ..ops import column_square_after_update, lowrank_linear, row_square_after_update, square_rmatmul
 from ..structures import Factored, Structure
 from .base import Composition, LinearMap, square_of_rows, version
@@ -61,10 +62,15 @@ class Rescaled(Composition):
     Args:
         detach: hold the norms of V constant in the gradient. False gives the exact gradient of the definition.
         eps: smallest norm divided by.
+
+    Raises:
+        StructureError: eps outside (0, 1].
     """
 
     def __init__(self, *, detach: bool = True, eps: float = 1e-8) -> None:
         super().__init__()
+        if not 0 < eps <= 1:
+            raise StructureError(f"{type(self).__name__}: eps must be in (0, 1], got {eps!r}")
         self.detach, self.eps = detach, eps
         self._forget()
 

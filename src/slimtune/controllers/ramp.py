@@ -49,7 +49,7 @@ class Ramp(Controller):
         total_steps: int | None = None,
         adapter: str | None = None,
     ) -> None:
-        if not 0 < share <= 1:
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
             raise StructureError(f"Ramp: share must be in (0, 1], got {share!r}")
         if steps is None:
             if total_steps is None:

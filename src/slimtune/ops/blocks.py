@@ -292,6 +292,8 @@ class _Tiled(torch.autograd.Function):
 def blockwise_product(M: Tensor, V: Tensor, size: int) -> Tensor:
     """(O, I) with block (a, c) = M_ac V_ac, blocks of size x size, both matrices (O, I)."""
 
+    size = min(size, max(M.shape))  # the rest would be padding
+
     def grid(m: Tensor) -> Tensor:  # (O/N, I/N, N, N)
         m = F.pad(m, (0, -m.shape[1] % size, 0, -m.shape[0] % size))
         return m.unflatten(0, (-1, size)).unflatten(2, (-1, size)).transpose(1, 2)

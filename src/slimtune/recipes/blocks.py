@@ -97,6 +97,8 @@ def bone(rank: int = 64, form: str = "miss", mini_rank: int = 1, dropout: float 
     _whole(rank, "bone: rank")
     rate = 1e-3 if form == "mini" else 1e-4  # one number of mini stands for far more of dW, which moves in step
     common: dict[str, Any] = {"dropout": dropout, "name": "bone", "learning_rate": rate}
+    if form == "mini":
+        _whole(mini_rank, "bone: mini_rank")
     if form in ("miss", "mini"):
         return Recipe(Tiled, {"rank": rank} | ({"period": mini_rank} if form == "mini" else {}), **common)
     side = {"block": rank, "side": "row" if form == "row" else "col"}

@@ -44,5 +44,5 @@ def bora(
         'BiMagnitude'
     """
     plain = lora(rank, alpha, dropout, rank_dropout, rank_pattern, alpha_pattern)
-    options = {} if detach else {"detach": False}
+    options = {} if detach is True else {"detach": detach}
     return replace(plain, composition=BiMagnitude, composition_options=options, name="bora")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..recipe import Recipe
+from ..errors import StructureError
+from ..recipe import Recipe, is_number
 from ..structures import LDU
 
 __all__ = ["loldu"]
@@ -29,7 +30,15 @@ def loldu(
         unit: directions of norm 1, which one learning rate fits; false for the factors as published.
         start: z0: lu, uniform, normal, constant, ones or zeros (see `LDU`).
         train_scale: train sigma too.
+
+    Raises:
+        StructureError: a rank that is not a whole number of at least 1, an alpha that is 0 or not finite; an unknown
+            start when attached.
     """
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise StructureError(f"loldu: rank must be a whole number of at least 1, got {rank!r}")
+    if alpha is not None and not is_number(alpha):
+        raise StructureError(f"loldu: alpha must be a number, got {alpha!r}")
     return Recipe(
         LDU,
         {"rank": rank, "unit": unit, "start": start, "train_scale": train_scale},

@@ -114,7 +114,7 @@ def dora(
     if axis not in ("row", "column"):
         raise StructureError(f"dora: axis must be 'row' or 'column', got {axis!r}")
     plain = lora(rank, alpha, dropout, rank_dropout, rank_pattern, alpha_pattern)
-    options = {} if detach else {"detach": False}
+    options = {} if detach is True else {"detach": detach}
     composition = Magnitude if axis == "row" else ColumnMagnitude
     return replace(plain, composition=composition, composition_options=options, name="dora")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..controllers import Ramp
+from ..errors import StructureError
 from ..recipe import Recipe
 from ..structures import Symmetric
 
@@ -34,7 +35,13 @@ def singlora(
         init: bound of the start, size for 1 / sqrt(max(O, I)) or rank for 1 / sqrt(R) as in public code.
         ramp_share: T as a share of all optimizer steps.
         ramp_steps: T itself, instead of the share.
+
+    Raises:
+        StructureError: a rank or ramp_steps that is not a whole number of at least 1, a ramp_share outside (0, 1], an
+            alpha that is 0 or not finite; when attached, an unknown form or init.
     """
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise StructureError(f"singlora: rank must be a whole number of at least 1, got {rank!r}")
     ramp: dict[str, Any] = {"share": ramp_share} if ramp_steps is None else {"steps": ramp_steps}
     Ramp(total_steps=1, **ramp)  # refuses bad values before a model is loaded
     return Recipe(

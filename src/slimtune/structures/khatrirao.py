@@ -18,6 +18,7 @@ from .base import Structure
 __all__ = ["KhatriRao"]
 
 ORIENTATIONS = ("columns", "rows")
+MOST = 64  # factors; more can only be ones
 
 
 class KhatriRao(Structure):
@@ -35,13 +36,14 @@ class KhatriRao(Structure):
 
     Args:
         rank: R of each factor; None for the chain of whole factors.
-        factors: k >= 2.
+        factors: k, from 2 to 64.
         sizes: N_1, ..., N_k. By default close to each other, with the smallest product that is at least O and allows
             it; where the product is above O, the rows past O are left out.
         orientation: "columns" or "rows".
 
     Raises:
-        StructureError: a rank below 1, fewer than two factors, sizes whose product is below O, another orientation.
+        StructureError: a rank below 1, fewer than two factors or more than 64, sizes whose product is below O,
+            another orientation.
 
     Example:
         >>> structure = KhatriRao(6, 4)
@@ -74,15 +76,15 @@ class KhatriRao(Structure):
         self.orientation = orientation
         tall, wide = (out_features, in_features) if orientation == "columns" else (in_features, out_features)
         if sizes is None:
-            if not _is_count(factors) or factors < 2:
-                raise StructureError(f"KhatriRao: factors must be a whole number of at least 2, got {factors!r}")
+            if not _is_count(factors) or not 2 <= factors <= MOST:
+                raise StructureError(f"KhatriRao: factors must be a whole number from 2 to {MOST}, got {factors!r}")
             sizes = balanced_sizes(tall, factors)
         elif isinstance(sizes, str) or not isinstance(sizes, Sequence) or not all(map(_is_count, sizes)):
             raise StructureError(f"KhatriRao: sizes must be whole numbers of at least 1, got {sizes!r}")
-        elif len(sizes) < 2 or math.prod(sizes) < tall:
+        elif not 2 <= len(sizes) <= MOST or math.prod(sizes) < tall:
             raise StructureError(
-                f"KhatriRao: sizes must be at least two numbers with a product of at least {tall}, got {list(sizes)}; "
-                f"{balanced_sizes(tall, max(2, len(sizes)))} would do"
+                f"KhatriRao: sizes must be 2 to {MOST} numbers with a product of at least {tall}, got {list(sizes)}; "
+                f"{balanced_sizes(tall, min(max(2, len(sizes)), MOST))} would do"
             )
         self.sizes, self._rank = tuple(sizes), rank
 
