@@ -8,7 +8,20 @@ import torch
 from torch import nn
 
 import slimtune as st
-from cases import DORA, DORA_EXACT, LORA, METHODS, Chain, adapted, controlled, layers, methods, shake, tiny_llama
+from cases import (
+    DORA,
+    DORA_EXACT,
+    LORA,
+    METHODS,
+    Chain,
+    adapted,
+    controlled,
+    layers,
+    methods,
+    methods_with,
+    shake,
+    tiny_llama,
+)
 
 
 def chain(method, dtype=torch.float64, **options):
@@ -254,6 +267,18 @@ def test_summary_counts():
     assert s.total == s.trainable + sum(p.numel() for p in before.parameters())
     assert "trainable" in str(s) and "classifier" in str(s)
     assert {r.method for r in s.rows} == {"lora", "full"}
+
+
+@methods_with(lambda m: not hasattr(m.recipe().composition, "norm"))
+def test_weight_decay_pulls_towards_the_base(method):
+    model = torch.nn.Sequential(torch.nn.Linear(6, 4)).double()
+    st.adapt(model, method.recipe(), ["0"])
+    shake(model)
+    with torch.no_grad():
+        for group in st.param_groups(model, lr=1.0, weight_decay=0.1):
+            for p in group["params"]:
+                p.mul_(0.0 if group["weight_decay"] else 1.0)
+    torch.testing.assert_close(model[0].map().weight(), model[0].weight)
 
 
 def test_param_groups():

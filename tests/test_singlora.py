@@ -75,8 +75,9 @@ def test_forms_that_need_no_ramp_say_what_they_can():
     centred = layer_of(8, 8, rank=4, form="centred")[1].structure
     assert not centred.dense().any()
     with torch.no_grad():
-        centred.A.normal_()
-    torch.testing.assert_close(centred.dense(), centred.A @ centred.A.t() - centred.A0 @ centred.A0.t())
+        centred.dA.normal_()
+    A, A0 = centred.A0 + centred.dA, centred.A0
+    torch.testing.assert_close(centred.dense(), A @ A.t() - A0 @ A0.t())
 
 
 def test_start_is_bounded_by_the_size_and_not_by_the_rank():

@@ -18,8 +18,8 @@ class Ramp(Controller):
 
     SingLoRA, Bensaid et al. 2025, arXiv 2507.05566, eq. 8. The scale belongs to the step that comes next: once
     attached it is s / T, after k steps min((k + 1) / T, 1) s, in evaluations and files too. Evaluating does not move
-    it, and neither do the backward passes that one step accumulates. Starting from t = 1 rather than 0 the first step
-    already learns.
+    it, and neither do the backward passes that one step accumulates. Of several optimizers that step together,
+    attach it to one: every step it sees counts. Starting from t = 1 rather than 0 the first step already learns.
 
     Args:
         steps: T, at least 1.

@@ -25,7 +25,8 @@ class Symmetric(Factored):
 
     Args:
         rank: R >= 1.
-        form: "plain", as published. "centred": A[:O] A[:I]^T - A0[:O] A0[:I]^T, A0 = A at the start (saved).
+        form: "plain", as published. "centred": A[:O] A[:I]^T - A0[:O] A0[:I]^T, A0 = A at the start (saved); trained
+            is `dA` = A - A0, so that weight decay pulls towards dW = 0.
             "signed": P[:O] M[:I]^T + M[:O] P[:I]^T, A = [P, M], M = 0 at the start; up to a rotation of the columns
             this is A diag(+1 ..., -1 ...) A^T, any symmetric matrix of rank R with as many positive as negative
             eigenvalues; R even. "core": A[:O] J A[:I]^T with J (R, R) = 0 at the start, no longer symmetric.
@@ -45,7 +46,9 @@ class Symmetric(Factored):
 
     fast_parameters = ("J",)
     forms = ("plain", "centred", "signed", "core")
+    A: Tensor
     A0: Tensor
+    dA: Tensor
 
     def __init__(
         self,
@@ -69,7 +72,8 @@ class Symmetric(Factored):
             raise StructureError(f"Symmetric: rank must be even for form signed, got {rank}; try {rank + 1}")
         self.form, self.init = form, init
         size = max(out_features, in_features)
-        self.A = nn.Parameter(torch.empty(size, rank, device=device, dtype=dtype))
+        self._own = "dA" if form == "centred" else "A"
+        self.register_parameter(self._own, nn.Parameter(torch.empty(size, rank, device=device, dtype=dtype)))
         if form == "core":
             self.J = nn.Parameter(torch.empty(rank, rank, device=device, dtype=dtype))
         if form == "centred":
@@ -77,29 +81,34 @@ class Symmetric(Factored):
 
     @property
     def rank(self) -> int:
-        return self.A.shape[1]
+        trained: Tensor = getattr(self, self._own)
+        return trained.shape[1]
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        A, O, I = self.A, self.out_features, self.in_features
+        O, I = self.out_features, self.in_features
+        if self.form == "centred":
+            A0, D = self.A0, self.dA
+            return torch.cat([D[:O], A0[:O]], 1), torch.cat([(A0 + D)[:I], D[:I]], 1).t()
+        A = self.A
         if self.form == "plain":  # a slice costs its gradient a copy even where it is the whole
             return A if len(A) == O else A[:O], (A if len(A) == I else A[:I]).t()
         if self.form == "core":
             return A[:O] @ self.J, A[:I].t()
-        if self.form == "signed":
-            return A[:O], A[:I].roll(self.rank // 2, 1).t()
-        D = A - self.A0  # so that A = A0 gives zero exactly
-        return torch.cat([D[:O], self.A0[:O]], 1), torch.cat([A[:I], D[:I]], 1).t()
+        return A[:O], A[:I].roll(self.rank // 2, 1).t()  # signed
 
     def reset_parameters(self) -> None:
         with torch.no_grad():
-            bound = 1 / math.sqrt(self.A.shape[0] if self.init == "size" else self.rank)
+            size = max(self.out_features, self.in_features)
+            bound = 1 / math.sqrt(size if self.init == "size" else self.rank)
+            if self.form == "centred":
+                self.A0.uniform_(-bound, bound)
+                self.dA.zero_()
+                return
             self.A.uniform_(-bound, bound)
             if self.form == "core":
                 self.J.zero_()
             if self.form == "signed":
                 self.A[:, self.rank // 2 :].zero_()
-            if self.form == "centred":
-                self.A0.copy_(self.A)
 
     def options(self) -> dict[str, Any]:
         return {"rank": self.rank, "form": self.form, "init": self.init}
