@@ -85,6 +85,8 @@ def test_parameters_are_the_papers(norm):
         ({"activation": "softplus"}, "softplus is 0.6931 at 0"),
         ({"norm": "both"}, "norm must be None, 'pre' or 'post', got 'both'"),
         ({"dropout": 1.0}, r"dropout must be a number in \[0, 1\)"),
+        ({"options": {"rnk": 5}}, "surm_adapter: Kronecker has no option 'rnk'; it has rank"),
+        ({"structure": nn.Linear}, "structure must be a class of Structure"),
         ({"options": {"rank": 5}}, "rank 5 does not divide both 12 and 12; it can be 1, 2, 3, 4, 6, 12"),
     ],
 )

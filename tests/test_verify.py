@@ -185,6 +185,21 @@ def test_an_adapter_that_peft_wrote(place, tmp_path):
     assert "no hashes" in str(report)
 
 
+def test_a_text_model_without_a_tokenizer(place, tmp_path):
+    """Nothing that is compared needs one: PEFT adapters are often kept beside the weights alone."""
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(place / "model")
+    model.save_pretrained(tmp_path / "bare")
+    made = peft.get_peft_model(model, peft.MissConfig(r=4, target_modules=["q_proj"], init_weights=False))
+    made.save_pretrained(tmp_path / "peft")
+    report = verify(tmp_path / "peft", str(tmp_path / "bare"))
+    assert report.ok, str(report)
+    assert "the adapter changes the outputs" in str(report)
+    assert merge_run(tmp_path / "peft", tmp_path / "merged", model=str(tmp_path / "bare")).difference < 1e-5
+
+
 # ---------------------------------------------------------------- loading
 
 

@@ -40,7 +40,7 @@ class LoadedRun:
     """A model ready to use, in eval mode.
 
     Attributes:
-        processing: the tokenizer, or the image settings.
+        processing: the tokenizer, or the image settings; None for the tokenizer of a text model whose folder has none.
         call: (model, inputs) -> logits.
         layers: names of the adapted layers; empty for a whole model.
         warnings: what loading found odd, such as other base weights.
@@ -122,8 +122,9 @@ def probe_inputs(loaded: LoadedRun, count: int = 4) -> dict[str, Any]:
         height, width, channels = settings.get("shape") or (size, size, len(settings.get("mean") or (0, 0, 0)))
         return {"pixel_values": torch.randn(count, channels, height, width, generator=generator)}
     embeddings = getattr(loaded.model, "get_input_embeddings", lambda: None)()
-    rows = embeddings.weight.shape[0] if embeddings is not None else len(settings)
-    ids = torch.randint(0, min(rows, len(settings)), (count, 16), generator=generator)
+    limits = [] if embeddings is None else [embeddings.weight.shape[0]]
+    limits += [] if settings is None else [len(settings)]
+    ids = torch.randint(0, min(limits), (count, 16), generator=generator)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
@@ -198,7 +199,8 @@ def _recorded_base(place: Place, model: str | None) -> Base:
     try:
         processing: Any = hf.load_tokenizer(name if place.kind == "adapter" else str(place.folder))
     except SlimtuneError:
-        processing = hf.image_settings(name, built.config)
+        reads_text = built.main_input_name == "input_ids"
+        processing = None if reads_text else hf.image_settings(name, built.config)
 
     def call(model: nn.Module, inputs: dict[str, Any]) -> Any:
         return logits_of(model(**inputs))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import StructureError
 from ..ops import replayed_dropout
+from ..recipe import Recipe
 from ..structures import Kronecker, Structure
 
 __all__ = ["SurmAdapter", "surm_adapter"]
@@ -149,6 +150,9 @@ def surm_adapter(
     """
     if isinstance(features, bool) or not isinstance(features, int) or features < 1:
         raise StructureError(f"surm_adapter: features must be a whole number of at least 1, got {features!r}")
+    if not isinstance(structure, type) or not issubclass(structure, Structure):
+        raise StructureError(f"surm_adapter: structure must be a class of Structure, got {structure!r}")
+    Recipe(structure, options or {}, name="surm_adapter")  # refuses options that the structure does not have
     made: Callable[..., Structure] = structure
     M = made(features, features, **(options or {}), device=device, dtype=dtype)
     return SurmAdapter(M, activation, norm, dropout)
