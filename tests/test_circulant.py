@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import slimtune as st
+from cases import shake
 from slimtune.ops import circulant_product, skew_circulant_matrix, skew_product, toeplitz_product
 from slimtune.structures.blockcirculant import choose_block
 
@@ -310,6 +311,25 @@ def test_sixteen_bit_gradients(cls):
     for a, b in zip(s.gradients(x, g), wanted, strict=True):
         assert a.dtype == torch.float32
         assert (a - b).norm() < 0.01 * b.norm()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("recipe", [st.ldr, st.toeplitz])
+def test_autocast_does_not_sum_along_diagonals_in_16_bit(recipe, kind, grad):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(96, 128) if kind == "linear" else nn.Conv1d(96, 128, 1))
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[0].bias.zero_()
+    st.adapt(model, recipe(), ["0"])
+    shake(model, 0.1)
+    x = torch.randn((200, 96) if kind == "linear" else (1, 96, 200))
+    with torch.no_grad():
+        exact = model(x)
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = model(x).float()
+    assert (rounded - exact).norm() < 0.004 * exact.norm()
 
 
 def test_options_are_checked():

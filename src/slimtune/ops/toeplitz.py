@@ -117,7 +117,11 @@ def displaced_matrix(row: Tensor, column: Tensor, U: Tensor, V: Tensor) -> Tenso
     corner = F.pad(column.new_ones(1), (0, max(len(row), len(column)) - 1))
     left = torch.cat([corner[: len(column), None], below[:, None], F.pad(U, (0, 0, 1, 0))], 1)
     right = torch.cat([row[None], corner[None, : len(row)], F.pad(V, (1, 0))])
-    D = left @ right
+    if not left.is_meta and torch.is_autocast_enabled(left.device.type):
+        with torch.autocast(left.device.type, enabled=False):  # differences in 16 bit would add up
+            D = left @ right
+    else:
+        D = left @ right
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _running(D)
     return _Running.apply(D, False)
