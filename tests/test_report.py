@@ -19,7 +19,7 @@ from slimtune.app.intervals import difference, fisher, interval, paired, wilson
 from slimtune.app.record import read_record
 from slimtune.app.report import write_report
 from slimtune.app.verdict import judge
-from slimtune.errors import SlimtuneError
+from slimtune.errors import ConfigError
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NASTY = "<script>alert('&')</script>"
@@ -232,8 +232,15 @@ def test_empty_folder(tmp_path):
     assert "nothing has been trained yet" in parse(write_report(tmp_path)).text
 
 
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ConfigError, match=r"is not a run folder; it holds model\.safetensors"):
+        write_report(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
 def test_no_folder(tmp_path):
-    with pytest.raises(SlimtuneError, match="no run folder"):
+    with pytest.raises(ConfigError, match="no run folder"):
         write_report(tmp_path / "none")
 
 

@@ -87,6 +87,7 @@ def test_run_folder(straight, llama, text):
     metrics = json.loads((straight / "metrics.json").read_text())
     assert metrics["validation"]["loss"] < metrics["base"]["loss"]
     assert metrics["steps"] == 12 and metrics["task"] == "sft" and metrics["method"] == "lora"
+    assert metrics["learning_rate"] == 1e-2
     ranks = json.loads((straight / "ranks.json").read_text())
     assert sum(row["parameters"] for row in ranks) == metrics["trainable_parameters"]
     assert {row["rank"] for row in ranks} == {2}

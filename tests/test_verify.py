@@ -377,6 +377,17 @@ def host_parameters(model):
     return [p for host in hosts(model).values() for p in host.adapters.parameters()]
 
 
+def test_inspect_tells_what_was_chosen_for_a_layer(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(24, 12), torch.nn.Linear(12, 12))
+    st.adapt(model, st.c3a(), targets=["0", "1"])
+    st.save(model, tmp_path)
+    blocks = [part.structure.block for layer in hosts(model).values() for part in layer.adapters.values()]
+    found = inspect(tmp_path)
+    assert [row.options["block"] for row in found.rows] == blocks
+    for block in set(blocks):
+        assert f"c3a with block {block}, normalization unit: {blocks.count(block)} of 2" in str(found)
+
+
 def test_inspect_without_the_base(run):
     manifest = json.loads((run / "adapter" / "slimtune.json").read_text())
     manifest["base"]["name_or_path"] = "/nowhere"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ class Row:
         norm: Frobenius norm of dW = W' - W.
         relative: norm over that of W.
         stable_rank: |dW|_F^2 / |dW|_2^2, at most the rank.
+        options: of the structure, as chosen for this layer.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Row:
     norm: float | None = None
     relative: float | None = None
     stable_rank: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -91,7 +94,13 @@ class Inspection:
 
     def _summary(self) -> list[str]:
         base = f" on {self.base}" if self.base else ""
-        return [f"{self.kind}{base}: {self.parameters:,} parameters, {self.bytes:,} bytes", *self.notes]
+        total = f"{self.kind}{base}: {self.parameters:,} parameters, {self.bytes:,} bytes"
+        counts: Counter[str] = Counter()
+        for row in self.rows:
+            options = [f"{k} {v}" for k, v in row.options.items() if v is False or (k != "rank" and v not in (None, 0))]
+            if options:
+                counts[f"{row.method} with {', '.join(options)}"] += 1
+        return [total, *(f"{text}: {number} of {len(self.rows)}" for text, number in counts.items()), *self.notes]
 
 
 HEADS = ("layer", "method", "rank", "parameters", "bytes", "|dW|", "|dW|/|W|", "stable rank")
@@ -128,8 +137,9 @@ def _inspect_adapter(folder: Path, path: str, model: str | None) -> Inspection:
     rows = []
     for name, entry in description.layers.items():
         own = [t for key, t in tensors.items() if key.startswith((f"{name}.structure.", f"{name}.composition."))]
-        norms = measured.get(name, (None, None, None))
-        rows.append(Row(name, entry.recipe.name, entry.recipe.options.get("rank"), *_size(own), *norms))
+        norm, share, stable = measured.get(name, (None, None, None))
+        options = dict(entry.recipe.options)
+        rows.append(Row(name, entry.recipe.name, options.get("rank"), *_size(own), norm, share, stable, options))
     for name in description.saved:
         own = [t for key, t in tensors.items() if key.startswith(f"{name}.saved.")]
         rows.append(Row(name, "full", None, *_size(own), *measured.get(name, (None, None, None))))

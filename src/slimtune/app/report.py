@@ -15,7 +15,7 @@ from typing import Any
 from slimtune.app import plots
 from slimtune.app.record import Record, metric_value, number, read_record
 from slimtune.app.verdict import Score, Verdict, judge, say
-from slimtune.errors import SlimtuneError
+from slimtune.errors import ConfigError, SlimtuneError
 
 STATES = {  # state -> (words, colour class, what it means)
     "finished": ("finished", "good", ""),
@@ -41,11 +41,15 @@ def write_report(run_dir: str | Path) -> Path:
         The page's path.
 
     Raises:
-        SlimtuneError: `run_dir` is not a folder, or cannot be written to.
+        ConfigError: `run_dir` is not a folder, or holds something else than a run.
+        SlimtuneError: it cannot be written to.
     """
     run = Path(run_dir)
     if not run.is_dir():
-        raise SlimtuneError(f"report: no run folder at {run}")
+        raise ConfigError(f"report: no run folder at {run}")
+    found = sorted(p.name for p in run.iterdir() if p.name not in ("report.html", "plots"))
+    if found and not {"config.yaml", "events.jsonl", "metrics.json", "ranks.json"} & set(found):
+        raise ConfigError(f"report: {run} is not a run folder; it holds {', '.join(found[:8])}")
     record = read_record(run)
     page = run / "report.html"
     temporary = run / ".report.html.tmp"
@@ -123,6 +127,9 @@ def _tiles(record: Record) -> str:
     if trainable is not None:
         share = f"{_percent(trainable / total)} of {_count(total)}" if total else ""
         tiles.append(("Trainable parameters", f"{trainable:,.0f}", share))
+    if (rate := number(m.get("learning_rate"))) is not None:
+        whose = "as given" if record.config.get("learning_rate") else "the method's own"
+        tiles.append(("Learning rate", f"{rate:g}", whose))
     if (size := number(m.get("adapter_bytes"))) is not None:
         tiles.append(("File", _bytes(size), f"{size:,.0f} bytes"))
     if (seconds := number(m.get("train_runtime"))) is not None:
@@ -308,6 +315,8 @@ def _use(record: Record) -> str:
         if adapter:
             out = shlex.quote(_place(record) + "-merged")
             blocks.append(("Write it into the base model's weights", f"slimtune merge {run} --output {out}"))
+            out = shlex.quote(_place(record) + "-lora")
+            blocks.append(("Write it as plain LoRA, if it is near enough", f"slimtune convert {run} --output {out}"))
         code = (
             f"from slimtune.app.loading import load_run\n\nrun = load_run({_place(record)!r})\n"
             "model, processing = run.model, run.processing  # ready for inference"

@@ -85,6 +85,7 @@ def _train(cfg: TrainConfig, stop: StopRequest) -> RunResult:
     trainer.run_state = {**beginning.state, "config": resume.relevant(cfg), **here}
     facts = {
         "method": cfg.method,
+        "learning_rate": method.learning_rate,
         "trainable_parameters": sum(p.numel() for p in task.model.parameters() if p.requires_grad),
         "total_parameters": sum(p.numel() for p in task.model.parameters()),
         "train_examples": len(task.train),
