@@ -102,21 +102,25 @@ def test_autocast_close_to_fp32(method, dropout):
         assert (grads16[n] - g).norm() < 0.15 * g.norm() + 1e-3, n
 
 
-@methods
-def test_gradient_checkpointing_gives_the_same_gradients(method):
-    """Recomputation draws the same dropout masks."""
+REPLAYED = [(m, o) for m in METHODS for o in ("dropout", "rank_dropout") if o == "dropout" or m.rank_dropout]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(("method", "option"), REPLAYED, ids=lambda v: getattr(v, "id", v))
+def test_gradient_checkpointing_gives_the_same_gradients(method, option, reentrant):
+    """Recomputation draws the same dropout masks, also where the first pass ran without gradients."""
     from torch.utils.checkpoint import checkpoint
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)).double()
-    st.adapt(model, method.recipe(dropout=0.3))
+    st.adapt(model, method.recipe(**{option: 0.3}))
     shake(model)
     x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     results = []
     for again in (False, True):
         torch.manual_seed(7)
         model.zero_grad()
-        y = checkpoint(model, x, use_reentrant=False) if again else model(x)
+        y = checkpoint(model, x, use_reentrant=reentrant) if again else model(x)
         y.square().sum().backward()
         results.append([p.grad.clone() for _, p in st.trainable_parameters(model)])
     for a, b in zip(*results, strict=True):

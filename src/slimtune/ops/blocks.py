@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dropout import draw_seed, dropped, keep_probability, kept
+from .dropout import draw_seed, dropped, keep_probability, kept, seeded_dropout
 
 __all__ = [
     "add_tiled_",
@@ -119,7 +119,7 @@ def _base(x: Tensor, W: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
 def _composed(x, W, bias, scale, dropout, change):
     """The definition in autograd's own operations."""
     y = F.linear(x, W, bias)
-    z = F.dropout(x, dropout) if dropout else x
+    z = seeded_dropout(x, dropout) if dropout else x
     return y + scale.to(y.dtype) * change(_as(z, y.dtype))
 
 
@@ -337,7 +337,7 @@ def block_row_linear(
     One product with W; kept for backward is x alone.
     """
     if scale.requires_grad or not _direct(x, B):
-        z = F.dropout(x, dropout) if dropout else x
+        z = seeded_dropout(x, dropout) if dropout else x
         u, S = block_row_change(z, scale.to(B.dtype) * B)
         return F.linear(x + u, W, bias) + tiled(S, W.shape[0])
     return _applied(_BlockRow, x, W, bias, scale, dropout, B)

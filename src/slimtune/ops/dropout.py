@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["draw_seed", "dropped", "keep_probability", "replayed_dropout"]
+__all__ = ["draw_seed", "dropped", "keep_probability", "replayed_dropout", "seeded_dropout"]
 
 LEVELS = 256
 
@@ -47,6 +47,21 @@ def kept(x: Tensor, p: float, seed: int) -> Tensor:
     random = words.view(torch.uint8)[: x.numel()].view(x.shape)
     # comparing straight into x's dtype is several times faster than multiplying by a bool
     return torch.ge(random, _threshold(p), out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
+
+
+def seeded_dropout(x: Tensor, p: float) -> Tensor:
+    """Dropout by the mask that the functions with a backward pass of their own draw from the same state of torch's
+    generator: a reentrant checkpoint runs the forward without gradients and then again with them.
+
+    Example:
+        >>> _ = torch.manual_seed(0); a = seeded_dropout(torch.ones(9), 0.5)
+        >>> _ = torch.manual_seed(0); b = dropped(torch.ones(9), 0.5, draw_seed())
+        >>> torch.equal(a > 0, b > 0)
+        True
+    """
+    if torch.compiler.is_compiling() or x.is_meta or torch._C._are_functorch_transforms_active():
+        return torch.nn.functional.dropout(x, p)
+    return _Drop.apply(x, p, draw_seed())
 
 
 class _Drop(torch.autograd.Function):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dropout import draw_seed, dropped, keep_probability, kept
+from .dropout import draw_seed, dropped, keep_probability, kept, seeded_dropout
 
 __all__ = ["lowrank_linear", "row_square_after_update"]
 
@@ -57,11 +57,13 @@ def lowrank_linear(
 def _differentiable(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout, column_scale):
     if scale.requires_grad:
         B, scale = scale * B, torch.ones_like(scale)
-    mask = None
-    if rank_dropout:
-        mask = F.dropout(x.new_ones(x.shape[:-1] + A.shape[:1]), rank_dropout)
+    mask = _rank_mask(x, A, rank_dropout)
     seed = draw_seed() if dropout else 0
     return _LowRankLinear.apply(x, W, bias, B, A, scale, row_scale, dropout, seed, mask, column_scale)
+
+
+def _rank_mask(like, A, rank_dropout):
+    return F.dropout(like.new_ones(like.shape[:-1] + A.shape[:1]), rank_dropout) if rank_dropout else None
 
 
 def _composed(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout, column_scale):
@@ -90,10 +92,11 @@ def _plain(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout, column_sca
         x = x * _as(column_scale, x.dtype)
     y = F.linear(x, W, bias)
     t = y.dtype
-    z = F.dropout(x, dropout) if dropout else x
+    mask = _rank_mask(y, A, rank_dropout)  # before the seed, as with gradients
+    z = seeded_dropout(x, dropout) if dropout else x
     h = F.linear(z, _as(A, t)).mul_(scale)
-    if rank_dropout:
-        h = F.dropout(h, rank_dropout)
+    if mask is not None:
+        h.mul_(mask)
     if y.dim() == 2:
         y.addmm_(h, _as(B, t).t())
     else:
