@@ -189,6 +189,7 @@ def test_no_change_converts_to_no_change(tmp_path):
         st.remove(model, "default")
         report = st.convert(tmp_path / f"own{number}", tmp_path / f"lora{number}")
         assert report.error == 0 and report.layers[0].norm == 0
+        assert "the adapter changes nothing" in str(report)
 
 
 # ---------------------------------------------------------------- what is below and above

@@ -160,6 +160,8 @@ def to_lora(
     shared = -(-max(entry.rank for entry in layers) // multiple) * multiple
     sizes = {layer: host.layout.sizes(host) for layer, host in found.items()}
     report = ConversionReport(layers, shared, tolerance, shared * sum(map(sum, sizes.values())))
+    if not any(entry.norm for entry in layers):
+        report.notes.append("the adapter changes nothing: dW is 0 in every layer")
     _check_errors(report, rank, sum(math.prod(s) for s in sizes.values()), shared * sum(map(sum, sizes.values())))
     recipe = Recipe(LowRank, {"rank": shared}, alpha=float(shared), rank_power=1.0, name="lora")
     for layer, host in found.items():
