@@ -30,7 +30,7 @@ class Pairs(nn.Module):
         self.classifier = nn.Linear(2 * self.width, outputs)
 
     def embed(self, input_ids: Tensor, mask: Tensor) -> Tensor:  # (B, T), (B, T) -> (B, H)
-        order = mask.argsort(1, descending=True, stable=True)[:, : int(mask.sum(1).max())]  # no columns of padding
+        order = mask.argsort(dim=1, descending=True, stable=True)[:, : int(mask.sum(1).max())]  # no columns of padding
         input_ids, mask = input_ids.gather(1, order), mask.gather(1, order)
         hidden = self.encoder(input_ids, attention_mask=mask).last_hidden_state
         weights = mask[..., None].to(hidden.dtype)
