@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dropout import draw_seed, dropped, keep_probability, kept, seeded_dropout
+from .fused import as_dtype, base_product, fused, traced
 
 __all__ = [
     "add_tiled_",
@@ -74,53 +75,25 @@ def add_tiled_(y: Tensor, q: Tensor) -> Tensor:
 
 def _direct(x: Tensor, *needed: Tensor) -> bool:
     """Whether a hand-written autograd function applies: a gradient is wanted, by autograd itself."""
-    return (
-        torch.is_grad_enabled()
-        and any(t.requires_grad for t in (x, *needed))
-        and not (torch.compiler.is_compiling() or x.is_meta or torch._C._are_functorch_transforms_active())
-    )
-
-
-def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t if t.dtype == dtype else t.to(dtype)
+    return torch.is_grad_enabled() and any(t.requires_grad for t in (x, *needed)) and not traced(x)
 
 
 def _applied(function, x, W, bias, scale, dropout, *rest):
     """An autograd function of this file, in the dtype that autocast asks for."""
     seed = draw_seed() if dropout else 0
-    if not torch.is_autocast_enabled(x.device.type):
-        if x.dtype != W.dtype:
-            return F.linear(x, W, bias)  # torch's own error for mixed dtypes
-        return function.apply(x, W, bias, scale, dropout, seed, *rest)
-    if x.dtype != torch.float64:  # which autocast leaves alone
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    with torch.autocast(x.device.type, enabled=False):
-        return function.apply(x, W, bias, scale, dropout, seed, *rest)
+    return fused(lambda x: function.apply(x, W, bias, scale, dropout, seed, *rest), x, W, bias)
 
 
 def _factor(scale: Tensor, dtype: torch.dtype, dropout: float) -> Tensor:
-    s = _as(scale, dtype)
+    s = as_dtype(scale, dtype)
     return s / keep_probability(dropout) if dropout else s
-
-
-def _base(x: Tensor, W: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x W^T + bias as (*T, O), and the same memory as (T, O)."""
-    t = x.dtype
-    # a view would forbid in-place operations on the output (nn.ReLU(inplace=True))
-    y = x.new_empty(*x.shape[:-1], W.shape[0])
-    y2, x2 = y.view(-1, W.shape[0]), x.reshape(-1, x.shape[-1])
-    if bias is None:
-        torch.mm(x2, _as(W, t).t(), out=y2)
-    else:
-        torch.addmm(_as(bias, t), x2, _as(W, t).t(), out=y2)
-    return y, y2
 
 
 def _composed(x, W, bias, scale, dropout, change):
     """The definition in autograd's own operations."""
     y = F.linear(x, W, bias)
     z = seeded_dropout(x, dropout) if dropout else x
-    return y + scale.to(y.dtype) * change(_as(z, y.dtype))
+    return y + scale.to(y.dtype) * change(as_dtype(z, y.dtype))
 
 
 # ---------------------------------------------------------------- K x K low-rank blocks
@@ -178,11 +151,11 @@ class _BlockLowRank(torch.autograd.Function):
     def forward(ctx, x, W, bias, scale, dropout, seed, A, B):
         t, K = x.dtype, A.shape[0]
         x2 = x.reshape(-1, x.shape[-1])
-        y, y2 = _base(x, W, bias)
+        y, y2 = base_product(x, W, bias)
         z = dropped(x2, dropout, seed) if dropout else x2
         s = _factor(scale, t, dropout)
-        h = _exchange(torch.bmm(_split(z, K), _as(A, t)).mul_(s))  # (K, T, R)
-        _split(y2, K).baddbmm_(h, _as(B, t))
+        h = _exchange(torch.bmm(_split(z, K), as_dtype(A, t)).mul_(s))  # (K, T, R)
+        _split(y2, K).baddbmm_(h, as_dtype(B, t))
         ctx.dropout, ctx.seed = dropout, seed
         ctx.save_for_backward(x, W, scale, A, B, h)
         return y
@@ -197,21 +170,21 @@ class _BlockLowRank(torch.autograd.Function):
         mask = kept(x2, ctx.dropout, ctx.seed) if ctx.dropout and (need_x or need_A) else None
         if torch.is_grad_enabled():  # a second derivative: differentiate the definition
             z = x2 if mask is None else x2 * mask
-            y = F.linear(x2, _as(W, t)) + s * block_lowrank(z, A, B)
+            y = F.linear(x2, as_dtype(W, t)) + s * block_lowrank(z, A, B)
             wanted = [v for v, need in ((x, need_x), (A, need_A), (B, need_B)) if need]
             found = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
             each = [next(found) if need else None for need in (need_x, need_A, need_B)]
             return each[0], None, None, None, None, None, *each[1:]
         g_blocks = _split(g, K)
-        q = _exchange(torch.bmm(g_blocks, _as(B, t).transpose(1, 2)).mul_(s))  # (K, T, R), of z A
+        q = _exchange(torch.bmm(g_blocks, as_dtype(B, t).transpose(1, 2)).mul_(s))  # (K, T, R), of z A
         grad_B = torch.bmm(h.transpose(1, 2), g_blocks).to(B.dtype) if need_B else None
         grad_A = grad_x = None
         if need_A:
             z = x2 if mask is None else x2 * mask
             grad_A = torch.bmm(q.transpose(1, 2), _split(z, K)).transpose(1, 2).to(A.dtype)  # twice as fast as (z^T q)
         if need_x:
-            grad_x = g @ _as(W, t)
-            At = _as(A, t).transpose(1, 2)
+            grad_x = g @ as_dtype(W, t)
+            At = as_dtype(A, t).transpose(1, 2)
             if mask is None:
                 _split(grad_x, K).baddbmm_(q, At)
             else:
@@ -253,10 +226,10 @@ class _Tiled(torch.autograd.Function):
     def forward(ctx, x, W, bias, scale, dropout, seed, D):
         t = x.dtype
         x2 = x.reshape(-1, x.shape[-1])
-        y, y2 = _base(x, W, bias)
+        y, y2 = base_product(x, W, bias)
         s = _factor(scale, t, dropout)
         S = block_sum(dropped(x2, dropout, seed) if dropout else x2, D.shape[0]).mul_(s)
-        y2.addmm_(S, _as(D, t))
+        y2.addmm_(S, as_dtype(D, t))
         ctx.dropout, ctx.seed, ctx.shape = dropout, seed, x.shape
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(W, scale, D, S)
@@ -272,15 +245,15 @@ class _Tiled(torch.autograd.Function):
         g = S.new_zeros(T, W.shape[0]) if grad is None else grad.reshape(T, W.shape[0])
         grad_x = None
         if need_x:
-            q = g @ _as(D, t).t()
+            q = g @ as_dtype(D, t).t()
             q = (q if grad_S is None else q + grad_S) * _factor(scale, t, ctx.dropout)
             mask = kept(S.new_empty(T, I), ctx.dropout, ctx.seed) if ctx.dropout else None
             if torch.is_grad_enabled():
-                grad_x = g @ _as(W, t) + tiled(q, I) * (1 if mask is None else mask)
+                grad_x = g @ as_dtype(W, t) + tiled(q, I) * (1 if mask is None else mask)
             elif mask is None:
-                grad_x = add_tiled_(g @ _as(W, t), q)
+                grad_x = add_tiled_(g @ as_dtype(W, t), q)
             else:
-                grad_x = (g @ _as(W, t)).addcmul_(tiled(q, I), mask)
+                grad_x = (g @ as_dtype(W, t)).addcmul_(tiled(q, I), mask)
             grad_x = grad_x.view(ctx.shape)
         grad_D = (S.t() @ g).to(D.dtype) if need_D else None
         return grad_x, None, None, None, None, None, grad_D
@@ -353,7 +326,7 @@ class _BlockRow(torch.autograd.Function):
         u = _each_block(z, Bt)
         S = u.sum(1)
         u = u.flatten(1)
-        y, y2 = _base((u if u.shape[1] == I else u[:, :I].contiguous()).add_(x2).view(x.shape), W, bias)
+        y, y2 = base_product((u if u.shape[1] == I else u[:, :I].contiguous()).add_(x2).view(x.shape), W, bias)
         add_tiled_(y2, S)
         ctx.dropout, ctx.seed = dropout, seed
         ctx.save_for_backward(x, W, scale, B)
@@ -370,12 +343,12 @@ class _BlockRow(torch.autograd.Function):
         z = x2 if mask is None else x2 * mask
         if torch.is_grad_enabled():  # a second derivative: differentiate the definition
             u, S = block_row_change(z, s * B)
-            y = F.linear(x2 + u, _as(W, t)) + tiled(S, W.shape[0])
+            y = F.linear(x2 + u, as_dtype(W, t)) + tiled(S, W.shape[0])
             wanted = [v for v, need in ((x, need_x), (B, need_B)) if need]
             found = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
             each = [next(found) if need else None for need in (need_x, need_B)]
             return each[0], None, None, None, None, None, each[1]
-        grad_x = g @ _as(W, t)  # (T, I), of x + u
+        grad_x = g @ as_dtype(W, t)  # (T, I), of x + u
         grad_u = F.pad(grad_x, (0, -I % N)) if I % N else grad_x.clone()
         add_tiled_(grad_u, block_sum(g, N))
         grad_B = None

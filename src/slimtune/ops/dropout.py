@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .fused import traced
+
 __all__ = ["draw_seed", "dropped", "keep_probability", "replayed_dropout", "seeded_dropout"]
 
 LEVELS = 256
@@ -59,7 +61,7 @@ def seeded_dropout(x: Tensor, p: float) -> Tensor:
         >>> torch.equal(a > 0, b > 0)
         True
     """
-    if torch.compiler.is_compiling() or x.is_meta or torch._C._are_functorch_transforms_active():
+    if traced(x):
         return torch.nn.functional.dropout(x, p)
     return _Drop.apply(x, p, draw_seed())
 
@@ -80,7 +82,7 @@ def replayed_dropout(function: Callable[[Tensor], Tensor], x: Tensor, p: float) 
 
     Under torch.compile, where the compiler recomputes masks by itself, and under torch.func this is ordinary dropout.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if traced(x):
         return function(torch.nn.functional.dropout(x, p, training=True))
     seed = draw_seed()
     d = _Drop.apply(x, p, seed)

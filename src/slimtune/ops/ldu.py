@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .dropout import draw_seed, dropped, keep_probability, kept
+from .fused import base_product, fused, traced
 from .lowrank import lowrank_linear
 
 __all__ = ["diagonal_linear", "ldu", "pivot_rows"]
@@ -94,34 +95,21 @@ def diagonal_linear(
         >>> torch.allclose(y, x @ (W + 0.5 * L @ c.diag() @ U).T, atol=1e-5)
         True
     """
-    autocast = torch.is_autocast_enabled(x.device.type)
-    if (
-        not torch.is_grad_enabled()
-        or not (c.requires_grad or x.requires_grad)
-        or scale.requires_grad
-        or x.is_meta
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or (x.dtype != W.dtype and not autocast)
-    ):
+    wanted = torch.is_grad_enabled() and (c.requires_grad or x.requires_grad)
+    if not wanted or scale.requires_grad or traced(x):
         return lowrank_linear(x, W, bias, L, c[:, None] * U, scale, None, dropout)
-    if autocast and x.dtype != torch.float64:  # which autocast leaves alone
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    with torch.autocast(x.device.type, enabled=False):
-        return _DiagonalLinear.apply(x, W, bias, L, c, U, scale, dropout, draw_seed() if dropout else 0)
+    seed = draw_seed() if dropout else 0
+    return fused(lambda x: _DiagonalLinear.apply(x, W, bias, L, c, U, scale, dropout, seed), x, W, bias)
 
 
 class _DiagonalLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W, bias, L, c, U, scale, dropout, seed):
-        t, shape = x.dtype, x.shape
-        x2 = x.reshape(-1, shape[-1])  # (T, I)
+        t = x.dtype
+        x2 = x.reshape(-1, x.shape[-1])  # (T, I)
         z = dropped(x2, dropout, seed) if dropout else x2
         h = z @ U.to(t).t()  # (T, R)
-        # a view would forbid in-place operations on the output (nn.ReLU(inplace=True))
-        y = x.new_empty(*shape[:-1], W.shape[0])
-        y2, W_ = y.view(-1, W.shape[0]), W.to(t).t()
-        torch.mm(x2, W_, out=y2) if bias is None else torch.addmm(bias.to(t), x2, W_, out=y2)
+        y, y2 = base_product(x, W, bias)
         y2.addmm_(h * _factor(c, scale, dropout).to(t), L.to(t).t())
         ctx.dropout, ctx.seed = dropout, seed
         ctx.save_for_backward(x, W, L, c, U, scale, h)

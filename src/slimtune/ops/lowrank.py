@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dropout import draw_seed, dropped, keep_probability, kept, seeded_dropout
+from .fused import as_dtype, base_product, fused, traced
 
 __all__ = ["lowrank_linear", "row_square_after_update"]
 
@@ -40,18 +41,13 @@ def lowrank_linear(
         >>> torch.allclose(lowrank_linear(x, W, None, B, A, s), x @ (W + s * B @ A).T, atol=1e-5)
         True
     """
-    if torch.compiler.is_compiling() or x.is_meta or torch._C._are_functorch_transforms_active():
+    if traced(x):
         return _composed(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout, column_scale)
     if not torch.is_grad_enabled():
         return _plain(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout, column_scale)
-    if not torch.is_autocast_enabled(x.device.type):
-        if x.dtype != W.dtype:
-            return F.linear(x, W, bias)  # torch's own error for mixed dtypes
-        return _differentiable(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout, column_scale)
-    if x.dtype != torch.float64:  # which autocast leaves alone
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    with torch.autocast(x.device.type, enabled=False):
-        return _differentiable(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout, column_scale)
+    return fused(
+        lambda x: _differentiable(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout, column_scale), x, W, bias
+    )
 
 
 def _differentiable(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout, column_scale):
@@ -89,28 +85,24 @@ def _composed(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout, column_
 def _plain(x, W, bias, B, A, scale, row_scale, dropout, rank_dropout, column_scale):
     """No gradient wanted: the fewest kernels. Under autocast the first product says which dtype it wants."""
     if column_scale is not None:
-        x = x * _as(column_scale, x.dtype)
+        x = x * as_dtype(column_scale, x.dtype)
     y = F.linear(x, W, bias)
     t = y.dtype
     mask = _rank_mask(y, A, rank_dropout)  # before the seed, as with gradients
     z = seeded_dropout(x, dropout) if dropout else x
-    h = F.linear(z, _as(A, t)).mul_(scale)
+    h = F.linear(z, as_dtype(A, t)).mul_(scale)
     if mask is not None:
         h.mul_(mask)
     if y.dim() == 2:
-        y.addmm_(h, _as(B, t).t())
+        y.addmm_(h, as_dtype(B, t).t())
     else:
-        y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), _as(B, t).t())
+        y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), as_dtype(B, t).t())
     if row_scale is not None:
-        d = _as(row_scale, t)
+        d = as_dtype(row_scale, t)
         y.mul_(d)
         if bias is not None:
-            y.add_(_as(bias, t) * (1 - d))
+            y.add_(as_dtype(bias, t) * (1 - d))
     return y
-
-
-def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t if t.dtype == dtype else t.to(dtype)
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -119,9 +111,9 @@ class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W, bias, B, A, scale, row_scale, dropout, seed, rank_mask, column_scale):
         t, shape = x.dtype, x.shape
-        W_, A_, B_, s = _as(W, t), _as(A, t), _as(B, t), _as(scale, t)
+        W_, A_, B_, s = as_dtype(W, t), as_dtype(A, t), as_dtype(B, t), as_dtype(scale, t)
         x2 = x.reshape(-1, shape[-1])  # (T, I)
-        e = None if column_scale is None else _as(column_scale, t)
+        e = None if column_scale is None else as_dtype(column_scale, t)
         if e is not None:
             x2 = x2 * e
         z = dropped(x2, dropout, seed) if dropout else x2
@@ -129,12 +121,9 @@ class _LowRankLinear(torch.autograd.Function):
         if rank_mask is not None:
             rank_mask = rank_mask.view(h.shape)
             h.mul_(rank_mask)
-        d = None if row_scale is None else _as(row_scale, t)
-        b = None if bias is None else _as(bias, t)
-        # a view would forbid in-place operations on the output (nn.ReLU(inplace=True))
-        y = x.new_empty(*shape[:-1], W.shape[0])
-        y2 = y.view(-1, W.shape[0])
-        torch.mm(x2, W_.t(), out=y2) if b is None else torch.addmm(b, x2, W_.t(), out=y2)
+        d = None if row_scale is None else as_dtype(row_scale, t)
+        b = None if bias is None else as_dtype(bias, t)
+        y, y2 = base_product(x2.view(shape), W_, b)
         y2.addmm_(h, B_.t())
         u = None
         if d is not None:
@@ -160,20 +149,23 @@ class _LowRankLinear(torch.autograd.Function):
         t = x.dtype
         g = grad.reshape(-1, grad.shape[-1])  # (T, O)
         x2 = x.reshape(-1, x.shape[-1])
-        A_, B_, s = _as(A, t), _as(B, t), _as(scale, t)
+        A_, B_, s = as_dtype(A, t), as_dtype(B, t), as_dtype(scale, t)
         factor = s / keep_probability(ctx.dropout) if ctx.dropout else s
         mask = kept(x2, ctx.dropout, ctx.seed) if ctx.dropout and (need_A or need_x or need_e) else None
         u_is_output = row_scale is not None and ctx.u_is_output
         again = torch.is_grad_enabled()  # a second derivative: kept products are constants to autograd
         if again:
-            d = None if row_scale is None else _as(row_scale, t)
-            e = None if column_scale is None else _as(column_scale, t)
+            d = None if row_scale is None else as_dtype(row_scale, t)
+            e = None if column_scale is None else as_dtype(column_scale, t)
             z = x2 if e is None else x2 * e
             h = (z if mask is None else z * mask) @ A_.t() * factor
             if rank_mask is not None:
                 h = h * rank_mask
             if u is not None:
-                u, u_is_output = F.linear(z, _as(W, t), None if bias is None else _as(bias, t)) + h @ B_.t(), False
+                u, u_is_output = (
+                    F.linear(z, as_dtype(W, t), None if bias is None else as_dtype(bias, t)) + h @ B_.t(),
+                    False,
+                )
         grad_d = None
         if d is not None:
             if need_d:
@@ -197,7 +189,7 @@ class _LowRankLinear(torch.autograd.Function):
             if e is not None:
                 grad_A = grad_A * e
         if need_x or need_e:
-            W_ = _as(W, t)
+            W_ = as_dtype(W, t)
             if d is not None:  # the smaller of the two temporaries
                 W_, g = (d[:, None] * W_, g) if len(g) > W.shape[1] else (W_, g * d)
             grad_x = g @ W_  # of z

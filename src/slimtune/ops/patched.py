@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .fused import base_product, fused, traced
+
 __all__ = ["patched_linear"]
 
 Dense = Callable[[Sequence[Tensor]], Tensor]
@@ -39,22 +41,9 @@ def patched_linear(
         True
     """
     wanted = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters))
-    if (
-        not wanted
-        or scale.requires_grad
-        or x.is_meta
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-    ):
+    if not wanted or scale.requires_grad or traced(x):
         return _composed(x, W, bias, scale, dense(parameters))
-    if not torch.is_autocast_enabled(x.device.type):
-        if x.dtype != W.dtype:
-            return F.linear(x, W, bias)  # torch's own error for mixed dtypes
-        return _PatchedLinear.apply(x, W, bias, scale, dense, gradients, *parameters)
-    if x.dtype != torch.float64:  # which autocast leaves alone
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    with torch.autocast(x.device.type, enabled=False):
-        return _PatchedLinear.apply(x, W, bias, scale, dense, gradients, *parameters)
+    return fused(lambda x: _PatchedLinear.apply(x, W, bias, scale, dense, gradients, *parameters), x, W, bias)
 
 
 def _composed(x: Tensor, W: Tensor, bias: Tensor | None, scale: Tensor, dW: Tensor) -> Tensor:
@@ -72,11 +61,7 @@ class _PatchedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W, bias, scale, dense, gradients, *parameters):
         t = x.dtype
-        W_, x2 = _patched(W, scale, dense(parameters), t).t(), x.reshape(-1, x.shape[-1])
-        # F.linear's output may be a view, which would forbid in-place operations on it (nn.ReLU(inplace=True))
-        y = x.new_empty(*x.shape[:-1], W.shape[0])
-        y2 = y.view(-1, W.shape[0])
-        torch.mm(x2, W_, out=y2) if bias is None else torch.addmm(bias.to(t), x2, W_, out=y2)
+        y, _ = base_product(x, _patched(W, scale, dense(parameters), t), bias)
         ctx.dense, ctx.gradients = dense, gradients
         ctx.save_for_backward(x, W, bias, scale, *parameters)
         return y

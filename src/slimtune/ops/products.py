@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .fused import base_product, fused, traced
+
 __all__ = ["hadamard_factors", "khatri_rao", "kronecker_linear"]
 
 
@@ -69,16 +71,9 @@ def kronecker_linear(
     """
     if scale is not None and scale.requires_grad:
         w1, scale = scale * w1, None
-    if x.is_meta or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if traced(x):
         return _composed(x, W, bias, w1, w2, scale)
-    if not torch.is_autocast_enabled(x.device.type):
-        if W is not None and x.dtype != W.dtype:
-            return F.linear(x, W, bias)  # torch's own error for mixed dtypes
-        return _KroneckerLinear.apply(x, W, bias, w1, w2, scale)
-    if x.dtype != torch.float64:  # which autocast leaves alone
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    with torch.autocast(x.device.type, enabled=False):
-        return _KroneckerLinear.apply(x, W, bias, w1, w2, scale)
+    return fused(lambda x: _KroneckerLinear.apply(x, W, bias, w1, w2, scale), x, W, bias)
 
 
 def _composed(x, W, bias, w1, w2, scale):
@@ -113,12 +108,11 @@ class _KroneckerLinear(torch.autograd.Function):
         w1_, w2_ = _scaled(w1, scale, t), w2.to(t)
         x2 = x.reshape(-1, b * d)
         T = len(x2)
-        # a view would forbid in-place operations on the output (nn.ReLU(inplace=True))
-        y = x.new_empty(*x.shape[:-1], a * c)
-        y2 = y.view(-1, a * c)
-        if W is not None:
-            W_ = W.to(t).t()
-            torch.mm(x2, W_, out=y2) if bias is None else torch.addmm(bias.to(t), x2, W_, out=y2)
+        if W is None:
+            y = x.new_empty(*x.shape[:-1], a * c)
+            y2 = y.view(-1, a * c)
+        else:
+            y, y2 = base_product(x, W, bias)
         beta = 0 if W is None else 1
         if _left_first(w1, w2):
             u = torch.bmm(w1_.expand(T, a, b), x2.reshape(T, b, d))

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .fused import traced
+
 __all__ = ["recomputed"]
 
 
@@ -22,12 +24,7 @@ def recomputed(function: Callable[..., Tensor], x: Tensor, *parameters: Tensor) 
         >>> x.grad.tolist()
         [0.0, 0.0]
     """
-    if (
-        not torch.is_grad_enabled()
-        or not any(t.requires_grad for t in (x, *parameters))
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-    ):
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in (x, *parameters)) or traced(x):
         return function(x, *parameters)
     return _Recomputed.apply(function, x, *parameters)
 

@@ -6,6 +6,8 @@ Shapes: O out, I in, R rank. W (O, I), B (O, R), A (R, I), v (O,).
 import torch
 from torch import Tensor
 
+from .fused import traced
+
 __all__ = ["column_square_after_update", "square_rmatmul"]
 
 
@@ -20,7 +22,7 @@ def square_rmatmul(W: Tensor, v: Tensor) -> Tensor:
     """
     t = torch.promote_types(W.dtype, torch.float32)
     v = v.to(t)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if traced(W):
         return v @ W.to(t).square()  # a compiler fuses this; a loop would only be unrolled
     if torch.is_grad_enabled() and (W.requires_grad or v.requires_grad):
         return v @ W.to(t).square() if W.requires_grad else _SquareProduct.apply(W, v, True)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .fused import traced
+
 __all__ = [
     "diagonal_totals",
     "displaced_matrix",
@@ -122,7 +124,7 @@ def displaced_matrix(row: Tensor, column: Tensor, U: Tensor, V: Tensor) -> Tenso
             D = left @ right
     else:
         D = left @ right
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if traced(D):
         return _running(D)
     return _Running.apply(D, False)
 
