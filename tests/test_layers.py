@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "slimtune"
 LAYERS = [
     {"errors", "ops"},  # tensors in, tensors out
     {"structures", "compositions", "recipe"},  # the two families, and their pairing
-    {"layers", "initialisers", "resize"},  # where they live
+    {"layouts", "layers", "initialisers", "resize"},  # where they live
     {"targets", "verbs", "merging", "calibrate", "compress", "conversion"},  # verbs
     {"recipes", "allocate", "groups", "controllers", "models", "contrib"},  # the field
     {"files", "folders", "io", "peft_format", "hf"},  # files and the ecosystem

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import AdapterNameError, SlimtuneError, TargetError, UninitializedError
-from .layers import Host, SavedModule, is_packed, restore
+from .layers import Host, SavedModule, restore
+from .layouts import is_packed
 from .targets import adapter_names, extended, hosts, own_modules, reactivate, saved_modules, unwrapped
 
 __all__ = ["LayerError", "MergeReport", "check_mergeable", "merge", "merged"]

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .errors import AdapterNameError, TargetError
-from .layers import Extended, Host, SavedModule, check_host, layout_of, own_class
+from .layers import Extended, Host, SavedModule, check_host, own_class
+from .layouts import layout_of
 from .recipe import matches
 
 __all__ = [

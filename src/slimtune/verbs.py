@@ -11,17 +11,8 @@ import torch
 from torch import nn
 
 from .errors import AdapterNameError, SlimtuneError, StructureError, TargetError
-from .layers import (
-    Adapter,
-    Host,
-    SavedModule,
-    check_extendable,
-    check_host,
-    extend,
-    layout_of,
-    own_class,
-    restore,
-)
+from .layers import Adapter, Host, SavedModule, check_extendable, check_host, extend, own_class, restore
+from .layouts import layout_of
 from .recipe import Recipe, matches
 from .targets import (
     check_free,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import replayed_dropout
+from ..ops import replayed_dropout, square_rmatmul
 from ..structures import Structure
 
 __all__ = ["Composition", "LinearMap", "version"]
@@ -36,17 +36,18 @@ class LinearMap(ABC):
     def matmul(self, V: Tensor) -> Tensor:
         """W V for V (I, R). Returns (O, R)."""
 
-    @abstractmethod
     def rmatmul(self, V: Tensor) -> Tensor:
         """W^T V for V (O, R). Returns (I, R)."""
+        W = self.weight()
+        return W.t() @ V.to(W.dtype)
 
     @abstractmethod
     def row_square(self) -> Tensor:
         """|W|_row^2, (O,), at least fp32."""
 
-    @abstractmethod
     def square_rmatmul(self, v: Tensor) -> Tensor:
         """(W * W)^T v for v (O,). Returns (I,), at least fp32; v = 1 gives |W|_column^2."""
+        return square_rmatmul(self.weight(), v)
 
     @abstractmethod
     def key(self) -> tuple[Any, ...] | None:

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from ..compositions import LinearMap
 from ..errors import SlimtuneError, StructureError, TargetError
 from ..io import MARK, PREFIX, Description, LayerEntry, check_tensors, describe
-from ..layers import Adapted, Extended, extend, layout_of, own_class, restore
+from ..layers import Adapted, Extended, extend, own_class, restore
+from ..layouts import layout_of
 from ..merging import check_mergeable
 from ..recipe import Recipe
 from ..targets import check_name

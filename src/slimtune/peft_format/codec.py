@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..errors import FileFormatError, StructureError
 from ..io import LayerEntry
-from ..layers import layout_of, own_class
+from ..layers import own_class
+from ..layouts import layout_of
 from ..recipe import Recipe
 from .names import lookup
 

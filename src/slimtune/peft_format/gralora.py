@@ -10,7 +10,7 @@ from torch import Tensor
 from ..compositions import Additive
 from ..errors import FileFormatError
 from ..io import LayerEntry
-from ..layers import Conv1DLayout, LinearLayout
+from ..layouts import Conv1DLayout, LinearLayout
 from ..recipe import Recipe
 from ..recipes import gralora
 from ..structures import BlockLowRank, LowRank, Sum

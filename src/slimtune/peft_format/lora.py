@@ -11,7 +11,7 @@ from torch import Tensor
 from ..compositions import Additive, Magnitude
 from ..errors import FileFormatError
 from ..io import LayerEntry
-from ..layers import Conv1DLayout, ConvLayout, EmbeddingLayout
+from ..layouts import Conv1DLayout, ConvLayout, EmbeddingLayout
 from ..recipe import Recipe
 from ..recipes import dora, lora, rslora
 from ..structures import LowRank
