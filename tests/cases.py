@@ -185,6 +185,24 @@ METHODS = [
 ]
 
 
+class Diagonal(st.Structure):
+    """dW = diag(v), padded with zeros."""
+
+    def __init__(self, out_features, in_features, *, device=None, dtype=None):
+        super().__init__(out_features, in_features)
+        self.v = nn.Parameter(torch.empty(min(out_features, in_features), device=device, dtype=dtype))
+
+    def dense(self):
+        return torch.zeros(self.out_features, self.in_features, dtype=self.v.dtype).diagonal_scatter(self.v)
+
+    def reset_parameters(self):
+        with torch.no_grad():
+            self.v.zero_()
+
+    def options(self):
+        return {}
+
+
 @dataclass(frozen=True)
 class Layer:
     """make() builds a layer, inputs() something to feed it."""

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import slimtune as st
-from cases import Chain, dense_forward, shake
+from cases import Chain, Diagonal, dense_forward, shake
 from slimtune.ops import lowrank_linear, square_rmatmul
 
 F64 = torch.float64
@@ -272,23 +272,6 @@ def test_merge_and_back():
 
 
 def test_over_any_structure():
-    class Diagonal(st.Structure):
-        """dW = diag(v), padded with zeros."""
-
-        def __init__(self, out_features, in_features, *, device=None, dtype=None):
-            super().__init__(out_features, in_features)
-            self.v = nn.Parameter(torch.empty(min(out_features, in_features), device=device, dtype=dtype))
-
-        def dense(self):
-            return torch.zeros(self.out_features, self.in_features, dtype=self.v.dtype).diagonal_scatter(self.v)
-
-        def reset_parameters(self):
-            with torch.no_grad():
-                self.v.zero_()
-
-        def options(self):
-            return {}
-
     for composition in (st.ColumnMagnitude, st.BiMagnitude, st.Magnitude):
         model = Chain(F64).eval()
         ids = Chain.ids()

@@ -5,7 +5,18 @@ import torch
 from torch import nn
 
 import slimtune as st
-from cases import LAYERS, METHODS, adapted, dense_forward, dense_weight, gradients, layers, methods, methods_with
+from cases import (
+    LAYERS,
+    METHODS,
+    Diagonal,
+    adapted,
+    dense_forward,
+    dense_weight,
+    gradients,
+    layers,
+    methods,
+    methods_with,
+)
 from slimtune.ops.dropout import draw_seed, dropped, keep_probability
 
 
@@ -127,24 +138,6 @@ def test_dora_zero_row_and_tiny_magnitude():
 
 
 def test_magnitude_over_an_unfactored_structure_uses_the_definition():
-    class Diagonal(st.Structure):
-        """dW = diag(v), padded with zeros."""
-
-        def __init__(self, out_features, in_features, *, device=None, dtype=None):
-            super().__init__(out_features, in_features)
-            self.v = nn.Parameter(torch.empty(min(out_features, in_features), device=device, dtype=dtype))
-
-        def dense(self):
-            return torch.zeros(self.out_features, self.in_features, dtype=self.v.dtype).diagonal_scatter(self.v)
-
-        def reset_parameters(self):
-            with torch.no_grad():
-                self.v.zero_()
-
-        def options(self):
-            return {}
-
-    assert "Diagonal" in str(Diagonal)
     for layer in LAYERS:
         torch.manual_seed(0)
         model = nn.Sequential(layer.make().double())

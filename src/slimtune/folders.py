@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -166,10 +167,10 @@ class _BaseNeeded(Exception):
 
 
 class _Part(nn.Module):
-    """A module that only holds others."""
+    """A module that only holds others. It has a forward because `extend` takes no container, and is never called."""
 
     def forward(self, *_: Any) -> Tensor:
-        raise NotImplementedError
+        raise RuntimeError("a stand-in holds an adapter's tensors and computes nothing")
 
 
 def _is_real(model: nn.Module) -> bool:
@@ -287,9 +288,5 @@ def _check_prepare(recipe: Recipe, out_features: int, in_features: int) -> None:
     def refuse(dtype: torch.dtype | None) -> Tensor:
         raise _BaseNeeded(f"{recipe.name} ({recipe.structure.__name__}) reads its weights")
 
-    try:
+    with contextlib.suppress(SlimtuneError):  # `install` says it, and where
         Adapter(recipe, out_features, in_features, device="meta").structure.prepare(refuse)
-    except SlimtuneError:
-        pass  # `install` says it, and where
-    except NotImplementedError as error:
-        raise _BaseNeeded(f"{recipe.name} has to be prepared on it ({str(error).splitlines()[0]})") from None

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import StructureError
 from ..ops import patched_linear, replayed_dropout
 from ..ops.blocks import (
     block_column_change,
@@ -19,6 +18,7 @@ from ..ops.blocks import (
     tiled,
 )
 from ..structures import BlockTiled, Structure
+from ..structures.base import check_count
 from .base import Composition, LinearMap
 
 __all__ = ["BlockAffine"]
@@ -57,8 +57,7 @@ class BlockAffine(Composition):
 
     def __init__(self, *, block: int = 64, left: bool = False) -> None:
         super().__init__()
-        if isinstance(block, bool) or not isinstance(block, int) or block < 1:
-            raise StructureError(f"BlockAffine: block must be a whole number of at least 1, got {block!r}")
+        check_count(block, "BlockAffine: block")
         self.block, self.left = block, left
 
     def options(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from torch import nn
 
 from ..errors import SlimtuneError, StructureError
 from ..layers import Adapter
+from ..structures.base import check_count
 from ..targets import hosts
 from .base import Controller
 
@@ -55,8 +56,7 @@ class Ramp(Controller):
             if total_steps is None:
                 raise StructureError("Ramp: expected steps, or the total_steps of the run to take a share of")
             steps = max(1, round(share * total_steps))
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise StructureError(f"Ramp: steps must be a whole number of at least 1, got {steps!r}")
+        check_count(steps, "Ramp: steps")
         self.steps, self.adapter, self.done = steps, adapter, 0
 
     def begin(self, model: nn.Module) -> None:

@@ -16,6 +16,7 @@ from ..errors import StructureError
 from ..ops import replayed_dropout
 from ..recipe import Recipe
 from ..structures import Kronecker, Structure
+from ..structures.base import check_count
 
 __all__ = ["SurmAdapter", "surm_adapter"]
 
@@ -148,8 +149,7 @@ def surm_adapter(
         torch.save({n: model.get_parameter(n) for n in trained}, "adapter.pt")
         model.load_state_dict(torch.load("adapter.pt"), strict=False)  # into a model prepared by the same lines
     """
-    if isinstance(features, bool) or not isinstance(features, int) or features < 1:
-        raise StructureError(f"surm_adapter: features must be a whole number of at least 1, got {features!r}")
+    check_count(features, "surm_adapter: features")
     if not isinstance(structure, type) or not issubclass(structure, Structure):
         raise StructureError(f"surm_adapter: structure must be a class of Structure, got {structure!r}")
     Recipe(structure, options or {}, name="surm_adapter")  # refuses options that the structure does not have

@@ -9,6 +9,8 @@ from ..compositions import BlockAffine
 from ..errors import StructureError
 from ..recipe import Recipe
 from ..structures import BlockLowRank, BlockTiled, Sum, Tiled
+from ..structures.base import check_count
+from .patterns import pattern_overrides
 
 __all__ = ["bone", "gralora"]
 
@@ -41,30 +43,23 @@ def gralora(
         StructureError: a rank that is not a whole number of at least 1, a hybrid_rank below 0, an alpha that is 0 or
             not finite, a pattern table that is not a mapping; when attached, a k that does not divide a layer's sizes.
     """
-    if isinstance(hybrid_rank, bool) or not isinstance(hybrid_rank, int) or hybrid_rank < 0:
-        raise StructureError(f"gralora: hybrid_rank must be a whole number of at least 0, got {hybrid_rank!r}")
-    for key, table in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
-        if table is not None and not isinstance(table, Mapping):
-            raise StructureError(f"gralora: {key} must be a table {{name: value}}, got {table!r}")
+    check_count(hybrid_rank, "gralora: hybrid_rank", 0)
 
-    def options(rank: object) -> dict[str, Any]:
-        own = {"rank": _whole(rank, "gralora: rank"), "blocks": k}
+    def options(rank: int) -> dict[str, Any]:
+        own = {"rank": rank, "blocks": k}
         if not hybrid_rank:
             return own
         return {"parts": [{"structure": "BlockLowRank", **own}, {"structure": "LowRank", "rank": hybrid_rank}]}
 
-    overrides: dict[str, dict[str, Any]] = {}
-    for pattern, r in (rank_pattern or {}).items():
-        overrides[pattern] = options(r) if alpha is not None else options(r) | {"alpha": 2 * (r + hybrid_rank)}
-    for pattern, a in (alpha_pattern or {}).items():
-        overrides.setdefault(pattern, {})["alpha"] = a
+    check_count(rank, "gralora: rank")
+    follows = (lambda r: 2 * (r + hybrid_rank)) if alpha is None else None
     return Recipe(
         Sum if hybrid_rank else BlockLowRank,
         options(rank),
         alpha=2 * (rank + hybrid_rank) if alpha is None else alpha,
         rank_power=1.0,
         dropout=dropout,
-        overrides=overrides,
+        overrides=pattern_overrides("gralora", rank_pattern, alpha_pattern, options, follows),
         name="gralora",
         learning_rate=5e-4,
     )
@@ -94,18 +89,12 @@ def bone(rank: int = 64, form: str = "miss", mini_rank: int = 1, dropout: float 
     """
     if form not in FORMS:
         raise StructureError(f"bone: form must be one of {', '.join(FORMS)}, got {form!r}")
-    _whole(rank, "bone: rank")
+    check_count(rank, "bone: rank")
     rate = 1e-3 if form == "mini" else 1e-4  # one number of mini stands for far more of dW, which moves in step
     common: dict[str, Any] = {"dropout": dropout, "name": "bone", "learning_rate": rate}
     if form == "mini":
-        _whole(mini_rank, "bone: mini_rank")
+        check_count(mini_rank, "bone: mini_rank")
     if form in ("miss", "mini"):
         return Recipe(Tiled, {"rank": rank} | ({"period": mini_rank} if form == "mini" else {}), **common)
     side = {"block": rank, "side": "row" if form == "row" else "col"}
     return Recipe(BlockTiled, side, BlockAffine, {"block": rank, "left": form == "left"}, **common)
-
-
-def _whole(rank: object, what: str) -> int:
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise StructureError(f"{what} must be a whole number of at least 1, got {rank!r}")
-    return rank

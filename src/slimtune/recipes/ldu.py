@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..errors import StructureError
 from ..recipe import Recipe, is_number
 from ..structures import LDU
+from ..structures.base import check_count
 
 __all__ = ["loldu"]
 
@@ -35,8 +36,7 @@ def loldu(
         StructureError: a rank that is not a whole number of at least 1, an alpha that is 0 or not finite; an unknown
             start when attached.
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise StructureError(f"loldu: rank must be a whole number of at least 1, got {rank!r}")
+    check_count(rank, "loldu: rank")
     if alpha is not None and not is_number(alpha):
         raise StructureError(f"loldu: alpha must be a number, got {alpha!r}")
     return Recipe(

@@ -9,6 +9,8 @@ from ..compositions import ColumnMagnitude, Magnitude
 from ..errors import StructureError
 from ..recipe import Recipe
 from ..structures import LowRank
+from ..structures.base import check_count
+from .patterns import pattern_overrides
 
 __all__ = ["dora", "lora", "rslora"]
 
@@ -37,23 +39,15 @@ def lora(
         StructureError: a rank that is not a whole number of at least 1, an alpha that is 0 or not finite, a pattern
             table that is not a mapping.
     """
-    _check_rank(rank, "rank")
-    for key, table in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
-        if table is not None and not isinstance(table, Mapping):
-            raise StructureError(f"lora: {key} must be a table {{name: value}}, got {table!r}")
-    overrides: dict[str, dict[str, float]] = {}
-    for pattern, r in (rank_pattern or {}).items():
-        _check_rank(r, f"rank of {pattern!r}")
-        overrides[pattern] = {"rank": r} if alpha is not None else {"rank": r, "alpha": 2 * r}
-    for pattern, a in (alpha_pattern or {}).items():
-        overrides.setdefault(pattern, {})["alpha"] = a
+    check_count(rank, "lora: rank")
+    follows = (lambda r: 2 * r) if alpha is None else None
     return Recipe(
         LowRank,
         {"rank": rank, "rank_dropout": rank_dropout} if rank_dropout else {"rank": rank},
         alpha=2 * rank if alpha is None else alpha,
         rank_power=1.0,
         dropout=dropout,
-        overrides=overrides,
+        overrides=pattern_overrides("lora", rank_pattern, alpha_pattern, lambda r: {"rank": r}, follows),
         name="lora",
         learning_rate=5e-4,
     )
@@ -117,8 +111,3 @@ def dora(
     options = {} if detach is True else {"detach": detach}
     composition = Magnitude if axis == "row" else ColumnMagnitude
     return replace(plain, composition=composition, composition_options=options, name="dora")
-
-
-def _check_rank(rank: object, what: str) -> None:
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise StructureError(f"lora: {what} must be a whole number of at least 1, got {rank!r}")

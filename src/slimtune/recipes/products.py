@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..errors import StructureError
 from ..recipe import Recipe
 from ..structures import Hadamard, KhatriRao, Kronecker
+from ..structures.base import check_count
 
 __all__ = ["kronecker", "loha", "lokh", "lokr"]
 
@@ -25,7 +26,7 @@ def kronecker(rank: int | None = None, alpha: float = 1.0, dropout: float = 0.0)
             attached, options that a layer's sizes cannot take.
     """
     if rank is not None:
-        _check_rank("kronecker", rank)
+        check_count(rank, "kronecker: rank")
     return Recipe(
         Kronecker,
         {"rank": rank},
@@ -60,7 +61,7 @@ def lokr(
         StructureError: a rank that is not a whole number of at least 1, an alpha that is 0 or not finite; when
             attached, options that a layer's sizes cannot take.
     """
-    _check_rank("lokr", rank)
+    check_count(rank, "lokr: rank")
     if not isinstance(decompose_both, bool):
         raise StructureError(f"lokr: decompose_both must be true or false, got {decompose_both!r}")
     return Recipe(
@@ -89,7 +90,7 @@ def loha(rank: int = 8, alpha: float | None = None, dropout: float = 0.0) -> Rec
         StructureError: a rank that is not a whole number of at least 1, an alpha that is 0 or not finite; when
             attached, options that a layer's sizes cannot take.
     """
-    _check_rank("loha", rank)
+    check_count(rank, "loha: rank")
     return Recipe(
         Hadamard,
         {"rank": rank},
@@ -126,7 +127,7 @@ def lokh(
             attached, options that a layer's sizes cannot take.
     """
     if rank is not None:
-        _check_rank("lokh", rank)
+        check_count(rank, "lokh: rank")
     return Recipe(
         KhatriRao,
         {"rank": rank, "factors": factors, "orientation": orientation},
@@ -135,8 +136,3 @@ def lokh(
         name="lokh",
         learning_rate=3e-3 if rank is None else 5e-3,
     )
-
-
-def _check_rank(method: str, rank: object) -> None:
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise StructureError(f"{method}: rank must be a whole number of at least 1, got {rank!r}")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ..controllers import Ramp
-from ..errors import StructureError
 from ..recipe import Recipe
 from ..structures import Symmetric
+from ..structures.base import check_count
 
 __all__ = ["singlora"]
 
@@ -40,8 +40,7 @@ def singlora(
         StructureError: a rank or ramp_steps that is not a whole number of at least 1, a ramp_share outside (0, 1], an
             alpha that is 0 or not finite; when attached, an unknown form or init.
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise StructureError(f"singlora: rank must be a whole number of at least 1, got {rank!r}")
+    check_count(rank, "singlora: rank")
     ramp: dict[str, Any] = {"share": ramp_share} if ramp_steps is None else {"steps": ramp_steps}
     Ramp(total_steps=1, **ramp)  # refuses bad values before a model is loaded
     return Recipe(

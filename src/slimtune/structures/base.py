@@ -14,9 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import StructureError
 from ..ops import lowrank_linear, patched_linear, replayed_dropout
 
-__all__ = ["Factored", "Structure"]
+__all__ = ["Factored", "Structure", "check_count"]
+
+
+def check_count(value: object, what: str, least: int = 1) -> None:
+    """Raise StructureError, naming `what` it is and what came, unless `value` is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise StructureError(f"{what} must be a whole number of at least {least}, got {value!r}")
 
 
 class Structure(nn.Module, ABC):

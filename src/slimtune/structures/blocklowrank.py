@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import StructureError
 from ..ops.blocks import block_lowrank, block_lowrank_linear
-from .base import Structure
+from .base import Structure, check_count
 
 __all__ = ["BlockLowRank"]
 
@@ -56,8 +56,7 @@ class BlockLowRank(Structure):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(out_features, in_features)
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise StructureError(f"BlockLowRank: rank must be a whole number of at least 1, got {rank!r}")
+        check_count(rank, "BlockLowRank: rank")
         fits = _divisors(math.gcd(out_features, in_features, rank))
         if blocks is None:
             blocks = _automatic(rank, fits)

@@ -18,6 +18,7 @@ from ..ops import (
     skew_circulant_matrix,
     skew_product,
 )
+from .base import check_count
 from .spectral import Spectral
 
 __all__ = ["LDR", "Circulant"]
@@ -160,8 +161,7 @@ class LDR(Spectral):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(out_features, in_features)
-        if isinstance(terms, bool) or not isinstance(terms, int) or terms < 1:
-            raise StructureError(f"LDR: terms must be a whole number of at least 1, got {terms!r}")
+        check_count(terms, "LDR: terms")
         _check_std("LDR", std)
         self.std = float(std)
         self.transforms = 2 + 4 * terms  # a complex one counts for two

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import StructureError
 from ..ops import hadamard_factors, lowrank_linear
-from .base import Structure
+from .base import Structure, check_count
 
 __all__ = ["Hadamard"]
 
@@ -54,8 +53,7 @@ class Hadamard(Structure):
         super().__init__(out_features, in_features)
         second = rank if second_rank is None else second_rank
         for name, r in (("rank", rank), ("second_rank", second)):
-            if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-                raise StructureError(f"Hadamard: {name} must be a whole number of at least 1, got {r!r}")
+            check_count(r, f"Hadamard: {name}")
 
         def empty(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import StructureError
 from ..ops import diagonal_linear, ldu, pivot_rows
-from .base import Factored, Structure
+from .base import Factored, Structure, check_count
 
 __all__ = ["LDU"]
 
@@ -72,8 +72,7 @@ class LDU(Factored):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(out_features, in_features)
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise StructureError(f"LDU: rank must be a whole number of at least 1, got {rank!r}")
+        check_count(rank, "LDU: rank")
         if start not in self.starts:
             raise StructureError(f"LDU: start must be one of {', '.join(self.starts)}, got {start!r}")
         self.unit, self.start_name = unit, start

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import StructureError
-from .base import Factored
+from .base import Factored, check_count
 
 __all__ = ["LowRank"]
 
@@ -47,8 +47,7 @@ class LowRank(Factored):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(out_features, in_features)
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise StructureError(f"LowRank: rank must be a whole number of at least 1, got {rank!r}")
+        check_count(rank, "LowRank: rank")
         if not 0 <= rank_dropout < 1:
             raise StructureError(f"LowRank: rank_dropout must be in [0, 1), got {rank_dropout!r}")
         self.rank_dropout = rank_dropout

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import StructureError
-from .base import Factored
+from .base import Factored, check_count
 
 __all__ = ["Symmetric"]
 
@@ -62,8 +62,7 @@ class Symmetric(Factored):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(out_features, in_features)
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise StructureError(f"Symmetric: rank must be a whole number of at least 1, got {rank!r}")
+        check_count(rank, "Symmetric: rank")
         if form not in self.forms:
             raise StructureError(f"Symmetric: form must be one of {', '.join(self.forms)}, got {form!r}")
         if init not in ("size", "rank"):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import StructureError
 from ..ops.blocks import block_sum, tiled, tiled_linear
-from .base import Factored, Structure
+from .base import Factored, Structure, check_count
 
 __all__ = ["BlockTiled", "Tiled"]
 
@@ -50,8 +50,7 @@ class Tiled(Factored):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(out_features, in_features)
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise StructureError(f"Tiled: rank must be a whole number of at least 1, got {rank!r}")
+        check_count(rank, "Tiled: rank")
         if period is not None and (
             isinstance(period, bool) or not isinstance(period, int) or not 1 <= period <= out_features
         ):
@@ -139,8 +138,7 @@ class BlockTiled(Structure):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(out_features, in_features)
-        if isinstance(block, bool) or not isinstance(block, int) or block < 1:
-            raise StructureError(f"BlockTiled: block must be a whole number of at least 1, got {block!r}")
+        check_count(block, "BlockTiled: block")
         if side not in ("col", "row"):
             raise StructureError(f"BlockTiled: side must be 'col' or 'row', got {side!r}")
         self.block, self.side = block, side
