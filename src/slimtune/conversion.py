@@ -20,6 +20,7 @@ from .errors import AdapterNameError, SlimtuneError, StructureError, Uninitializ
 from .layers import Adapted, Adapter
 from .recipe import Recipe
 from .structures import Factored, LowRank, Structure
+from .structures.base import check_count
 from .targets import hosts, require_adapter
 from .verbs import build_adapter
 
@@ -178,9 +179,8 @@ def to_lora(
 
 
 def _check_options(rank: int | None, multiple: int, tolerance: float) -> None:
-    for what, value in (("rank", 1 if rank is None else rank), ("multiple", multiple)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise StructureError(f"conversion: {what} must be a whole number of at least 1, got {value!r}")
+    check_count(1 if rank is None else rank, "conversion: rank")
+    check_count(multiple, "conversion: multiple")
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance < math.inf:
         raise StructureError(f"conversion: tolerance must be a number of at least 0, got {tolerance!r}")
 
