@@ -13,8 +13,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "slimtune"
 LAYERS = [
     {"errors", "ops"},  # tensors in, tensors out
     {"structures", "compositions", "recipe"},  # the two families, and their pairing
-    {"layouts", "layers", "initialisers", "resize"},  # where they live
-    {"targets", "verbs", "merging", "calibrate", "compress", "conversion"},  # verbs
+    {"layouts", "initialisers", "layers"},  # where they live
+    {"targets", "verbs", "ranks", "merging", "calibrate", "compress", "conversion"},  # verbs
     {"recipes", "allocate", "groups", "controllers", "models", "contrib"},  # the field
     {"files", "folders", "io", "peft_format", "hf"},  # files and the ecosystem
     {"_public", "app", "cli", "__main__"},  # the application

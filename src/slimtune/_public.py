@@ -1,7 +1,7 @@
 """Every public name, sorted; the package loads them from here when the first one is used."""
 
 # ruff: noqa: F403
-from . import compositions, controllers, errors, io, models, ops, recipes, structures
+from . import compositions, controllers, errors, initialisers, io, models, ops, recipes, structures
 from .app.convert import convert
 from .compositions import *
 from .controllers import *
@@ -23,6 +23,7 @@ from .io import load, save
 from .merging import LayerError, MergeReport, merge, merged
 from .models import *
 from .peft_format import export_peft, import_peft
+from .ranks import compact, resize
 from .recipe import Recipe
 from .recipes import *
 from .structures import *
@@ -57,11 +58,13 @@ __all__ = [
     "activate",
     "adapt",
     "adapter_names",
+    "compact",
     "convert",
     "disabled",
     "errors",
     "export_peft",
     "import_peft",
+    "initialisers",
     "initialize",
     "io",
     "load",
@@ -72,6 +75,7 @@ __all__ = [
     "param_groups",
     "recipes",
     "remove",
+    "resize",
     "save",
     "summary",
     "to_lora",

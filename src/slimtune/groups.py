@@ -54,8 +54,9 @@ def param_groups(
         for part in module.adapters.values():
             if isinstance(part, Adapter):
                 wanted = part.recipe.learning_rate
+                fast, plain = part.structure.fast_parameters, part.structure.plain_parameters
                 for key, p in part.structure.named_parameters():
-                    role[id(p)] = ("fast" if key in part.structure.fast_parameters else "base", wanted)
+                    role[id(p)] = ("fast" if key in fast else "plain" if key in plain else "base", wanted)
                 for p in part.composition.parameters():
                     role[id(p)] = ("plain", wanted)
             else:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .compositions import LinearMap
 from .compositions.base import version
 from .errors import StructureError, TargetError, UninitializedError
+from .initialisers import Stats, apply, check
 from .layouts import Conv1DLayout, EmbeddingLayout, LinearLayout, layout_of
 from .recipe import Recipe
 from .structures import Structure
@@ -47,6 +48,7 @@ class Adapter(nn.Module):
 
     def __init__(self, recipe: Recipe, out_features: int, in_features: int, **kwargs: Any) -> None:
         super().__init__()
+        check(recipe.init, recipe.name)
         self.recipe = recipe
         self.structure: Structure = recipe.structure(out_features, in_features, **recipe.options, **kwargs)
         self.composition = recipe.composition(**recipe.composition_options)
@@ -60,10 +62,16 @@ class Adapter(nn.Module):
         self.register_buffer("scale", torch.tensor(scale, dtype=kwargs.get("dtype"), device=kwargs.get("device")))
 
     @torch.no_grad()
-    def initialize(self, below: LinearMap) -> None:
-        """Draw the structure's starting values and read the composition's from the map below."""
-        self.scale.fill_(self.recipe.start_scale * self.recipe.scale(self.structure.rank))
+    def initialize(self, below: LinearMap, stats: Stats | None = None) -> None:
+        """Draw the structure's starting values and read the composition's from the map below.
+
+        Raises:
+            StructureError: the recipe starts from statistics of the data, and they are not given.
+        """
+        full = self.recipe.scale(self.structure.rank)
+        self.scale.fill_(self.recipe.start_scale * full)
         self.structure.reset_parameters()
+        apply(self.recipe.init, self.structure, below.weight, stats, full)
         self.structure.prepare(below.weight)
         self.composition.init_from(below)
 

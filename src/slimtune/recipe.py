@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import nn
+
 from .compositions import Additive, Composition
 from .errors import StructureError
 from .structures import Structure
@@ -50,6 +52,10 @@ class Recipe:
             entries win.
         controllers: what acts around the optimizer's step, as {class name: its options}; `st.controllers_of` makes
             them and `st.attach` connects them, which `slimtune train` does by itself.
+        init: what gives the structure other starting values than its own, as {name in `st.initialisers`: its
+            options}; some need statistics of the data, which `adapt` then takes.
+        allocation: what gives each layer a rank of its own before training, as {name in `st.allocate`: its options};
+            `st.calibrate.fit` carries it out.
         start_scale: the scale before a controller has acted, as a multiple of s; 0 leaves the base as it is.
         name: the method's name in tables and files.
         learning_rate: what AdamW usually wants for this method's parameters.
@@ -74,6 +80,8 @@ class Recipe:
     dropout: float = 0.0
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     controllers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    init: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    allocation: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     start_scale: float = 1.0
     name: str = "custom"
     learning_rate: float = 1e-3
@@ -95,14 +103,17 @@ class Recipe:
             options = {k: v for k, v in changes.items() if k != "alpha"}
             _check_options(self.structure, options, f"{self.name}, override {pattern!r}")
 
-    def for_layer(self, layer: str) -> Recipe:
-        """This recipe with the overrides that match a layer's name applied and dropped."""
+    def for_layer(self, layer: str, module: nn.Module | None = None, model: nn.Module | None = None) -> Recipe:
+        """This recipe with the overrides that match a layer's name applied and dropped, and what it leaves to the
+        model filled in."""
         alpha, options = self.alpha, dict(self.options)
         for pattern, changes in self.overrides.items():
             if matches(layer, pattern):
                 changes = dict(changes)
                 alpha = changes.pop("alpha", alpha)
                 options.update(changes)
+        if module is not None and model is not None:
+            options = dict(self.structure.fit(options, layer, module, model))
         return replace(self, alpha=alpha, options=options, overrides={})
 
     def scale(self, rank: int | None) -> float:
@@ -122,6 +133,8 @@ class Recipe:
             "dropout": self.dropout,
             "overrides": {k: dict(v) for k, v in self.overrides.items()},
             "controllers": {k: dict(v) for k, v in self.controllers.items()},
+            "init": {k: dict(v) for k, v in self.init.items()},
+            "allocation": {k: dict(v) for k, v in self.allocation.items()},
             "start_scale": self.start_scale,
             "learning_rate": self.learning_rate,
         }
@@ -142,15 +155,16 @@ class Recipe:
             if not isinstance(data.get(key), str) or data[key] not in table:
                 raise StructureError(f"recipe: unknown {key} {data.get(key)!r}; known: {', '.join(sorted(table))}")
             data[key] = table[data[key]]
-        for key in ("options", "composition_options", "overrides", "controllers"):
+        for key in ("options", "composition_options", "overrides", *_PARTS):
             if not isinstance(data.get(key, {}), Mapping):
                 raise StructureError(f"recipe: {key} must be a table, got {type(data[key]).__name__}")
         for pattern, changes in data.get("overrides", {}).items():
             if not isinstance(changes, Mapping):
                 raise StructureError(f"recipe: override {pattern!r} must be a table, got {type(changes).__name__}")
-        for controller, options in data.get("controllers", {}).items():
-            if not isinstance(options, Mapping):
-                raise StructureError(f"recipe: controller {controller!r} must be a table, got {type(options).__name__}")
+        for key in _PARTS:
+            for part, options in data.get(key, {}).items():
+                if not isinstance(options, Mapping):
+                    raise StructureError(f"recipe: {key}: {part!r} must be a table, got {type(options).__name__}")
         for key in ("alpha", "rank_power", "dropout", "start_scale", "learning_rate"):
             value = data.get(key, 0.0)
             if not is_number(value):
@@ -158,6 +172,10 @@ class Recipe:
         if not isinstance(data.get("name", ""), str):
             raise StructureError(f"recipe: name must be a string, got {data['name']!r}")
         return cls(**data)
+
+
+_PARTS = ("controllers", "init", "allocation")
+"""Fields that name functions or classes with their options."""
 
 
 def is_number(value: object) -> bool:

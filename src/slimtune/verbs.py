@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .errors import AdapterNameError, SlimtuneError, StructureError, TargetError
+from .initialisers import Stats
 from .layers import Adapter, Host, SavedModule, check_extendable, check_host, extend, own_class, restore
 from .layouts import layout_of
 from .recipe import Recipe, matches
@@ -62,6 +63,7 @@ def adapt(
     *,
     exclude: str | Sequence[str] = (),
     modules_to_save: str | Sequence[str] = (),
+    stats: Mapping[str, Stats] | None = None,
 ) -> list[str]:
     """Attach an adapter to a model in place; freeze everything else.
 
@@ -77,6 +79,7 @@ def adapt(
         name: the adapter's name; 1 to 64 letters, digits, '_' or '-'.
         modules_to_save: modules (names, suffixes, globs, or a regular expression) to train in full as a private
             copy that is saved with the adapter, such as a new classification head.
+        stats: {layer: statistics of the data} for recipes that start from them, as `st.calibrate.fit` returns.
 
     Returns:
         The names of the adapted layers.
@@ -104,11 +107,11 @@ def adapt(
             raise TargetError(
                 f"{recipe.name}: the override {pattern!r} matches none of the {len(chosen)} layers chosen"
             )
-    built = {n: build_adapter(own[n], n, recipe.for_layer(n)) for n in chosen}
+    built = {n: build_adapter(own[n], n, recipe.for_layer(n, own[n], model)) for n in chosen}
     trained = [p for p in model.parameters() if p.requires_grad]
     attach_adapters(model, built, name, saved)
     try:
-        initialize(model, name)
+        initialize(model, name, stats)
     except BaseException:
         remove(model, name)
         for p in trained:
@@ -192,22 +195,28 @@ def _copy_of(module: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, name: str = "default") -> None:
+def initialize(model: nn.Module, name: str = "default", stats: Mapping[str, Stats] | None = None) -> None:
     """Give an adapter its starting values: dW = 0, magnitudes read from the weights below it.
 
     `adapt` calls it. Call it yourself after loading weights into a model that was adapted on the meta device: an
     adapter still on meta is first allocated beside its layer's weight. Layers on meta are left alone.
+
+    Raises:
+        StructureError: naming the layer whose recipe starts from statistics of the data that `stats` lacks.
     """
     require_adapter(model, name)
     awaited: set[str] = set()
-    for host in hosts(model, name).values():
+    for layer, host in hosts(model, name).items():
         device = host.weight.device
         if device.type == "meta":
             continue
         adapter = host.addition(name)
         if adapter.scale.is_meta:
             adapter.to_empty(device=device)
-        adapter.initialize(host.map(below=name))
+        try:
+            adapter.initialize(host.map(below=name), (stats or {}).get(layer))
+        except StructureError as e:
+            raise StructureError(f"{layer}: {e}") from None
         awaited.update(adapter.recipe.controllers)
         adapter.awaited = awaited
     for module in saved_modules(model, name).values():

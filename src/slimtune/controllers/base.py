@@ -17,14 +17,18 @@ __all__ = ["Attached", "Controller", "attach", "controllers_of"]
 
 
 class Controller:
-    """Something done around every optimizer step. Subclasses keep plain, JSON- or tensor-valued state.
+    """Something done around every optimizer step. Subclasses keep plain, JSON-valued state.
 
     Because torch calls it from the optimizer itself, it counts real steps under any loop: gradient accumulation,
-    clipping, mixed precision and the Hugging Face Trainer included. A subclass that needs the length of the run takes
-    the keyword `total_steps`.
+    clipping, mixed precision and the Hugging Face Trainer included. A step that mixed precision skips is not seen. A
+    subclass that needs the length of the run takes the keyword `total_steps`.
+
+    Attributes whose name starts with an underscore are not state: what `begin` looks up in the model, and the
+    optimizer. Statistics as large as a parameter belong into `optimizer.state[parameter]`, under a key that starts
+    with the controller's name: there they are saved, resumed, sharded and resized with Adam's own moments.
     """
 
-    def begin(self, model: nn.Module) -> None:
+    def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Called when attached, and again when its state was put back: make the model ready for the next step."""
 
     def before_step(self, model: nn.Module) -> None:
@@ -33,9 +37,16 @@ class Controller:
     def after_step(self, model: nn.Module) -> None:
         """Parameters are updated; `.grad` is still there."""
 
+    def end(self, model: nn.Module) -> None:
+        """Training is over: make the model what is to be kept of it, such as without masked ranks."""
+
+    def note(self) -> dict[str, Any] | None:
+        """What the step just taken adds to a run's log, as plain JSON data; None, mostly, for nothing."""
+        return None
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on after a restart: by default, all attributes."""
-        return dict(vars(self))
+        """Everything needed to go on after a restart: all attributes without a leading underscore."""
+        return {key: value for key, value in vars(self).items() if not key.startswith("_")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what `state_dict` returned. Do it before `attach`, or through `Attached.load_state_dict`.
@@ -53,8 +64,8 @@ class Attached:
     """A controller bound to a model and an optimizer; `remove()` unbinds it."""
 
     def __init__(self, controller: Controller, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.controller, self.model = controller, model
-        controller.begin(model)
+        self.controller, self.model, self.optimizer = controller, model, optimizer
+        controller.begin(model, optimizer)
         self._handles = [
             optimizer.register_step_pre_hook(lambda *_: controller.before_step(model)),
             optimizer.register_step_post_hook(lambda *_: controller.after_step(model)),
@@ -67,7 +78,12 @@ class Attached:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put the controller's state back and make the model ready for the step after it."""
         self.controller.load_state_dict(state)
-        self.controller.begin(self.model)
+        self.controller.begin(self.model, self.optimizer)
+
+    def finish(self) -> None:
+        """Training is over: let the controller tidy up the model, and stop calling it."""
+        self.controller.end(self.model)
+        self.remove()
 
     def remove(self) -> None:
         """Stop calling the controller."""

@@ -59,7 +59,7 @@ class Ramp(Controller):
         check_count(steps, "Ramp: steps")
         self.steps, self.adapter, self.done = steps, adapter, 0
 
-    def begin(self, model: nn.Module) -> None:
+    def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         if not self._adapters(model):
             what = "whose recipe names a Ramp" if self.adapter is None else f"called {self.adapter!r}"
             raise SlimtuneError(f"Ramp: the model has no adapter {what}")

@@ -291,7 +291,7 @@ class SlimtuneModel(BaseTuner):
         if MARK in current_key:
             raise TargetError(f"{current_key!r}: PEFT would take a module whose path holds {MARK!r} for an adapter")
         saved = peft_config.layers.get(current_key)
-        recipe = saved.recipe if saved else peft_config.recipe.for_layer(current_key)
+        recipe = saved.recipe if saved else peft_config.recipe.for_layer(current_key, target, self.model)
         adapter = build_adapter(target, current_key, recipe)
         self.awaited |= set(recipe.controllers)
         adapter.awaited = self.awaited

@@ -51,7 +51,8 @@ class LoraCodec(Codec):
     )
 
     def claims(self, recipe: Recipe) -> bool:
-        return recipe.structure is LowRank and recipe.composition in (Additive, Magnitude)
+        plain = recipe.structure is LowRank and not recipe.options.get("core")
+        return plain and recipe.composition in (Additive, Magnitude)
 
     def config(self, layers: Mapping[str, Layer]) -> dict[str, Any]:
         for name, layer in layers.items():

@@ -6,9 +6,9 @@ Shapes: O out, I in, R rank, *T batch dims.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import StructureError
 from ..ops import lowrank_linear, patched_linear, replayed_dropout
 
-__all__ = ["Factored", "Structure", "check_count"]
+__all__ = ["Factored", "Pair", "Structure", "check_count"]
 
 
 def check_count(value: object, what: str, least: int = 1) -> None:
@@ -38,6 +38,12 @@ class Structure(nn.Module, ABC):
     fast_parameters: ClassVar[tuple[str, ...]] = ()
     """Names of the parameters that start at zero and like a larger step (LoRA+'s B)."""
 
+    plain_parameters: ClassVar[tuple[str, ...]] = ()
+    """Names of the parameters that weight decay leaves alone."""
+
+    rank_dims: ClassVar[Mapping[str, int]] = {}
+    """{parameter or buffer: the dimension of it that counts ranks}; empty if ranks cannot be added or taken away."""
+
     rank_dropout: float = 0.0
     """Probability of dropping an entry of the (T, R) product, for factored structures."""
 
@@ -49,6 +55,21 @@ class Structure(nn.Module, ABC):
     def rank(self) -> int | None:
         """The number R that a scale alpha / R**power divides by; None where rank has no meaning."""
         return None
+
+    @classmethod
+    def fit(cls, options: Mapping[str, Any], layer: str, module: nn.Module, model: nn.Module) -> Mapping[str, Any]:
+        """The options for one layer of a model, with what they leave to the model (heads, ...) filled in."""
+        return options
+
+    def new_ranks(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Values of `count` ranks to add that leave dW as it is: {name in `rank_dims`: tensor}.
+
+        `generator` lives on the CPU, so that a seed gives the same ranks on every device.
+
+        Raises:
+            StructureError: ranks cannot be added.
+        """
+        raise StructureError(f"{type(self).__name__}: ranks cannot be added")
 
     @property
     def work(self) -> float:
@@ -160,12 +181,25 @@ def _swapped(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
             own[key] = before
 
 
+class Pair(NamedTuple):
+    """The two factors of a dW that is bilinear in them, and the parameters that carry them, each up to a constant."""
+
+    B_parameter: nn.Parameter
+    A_parameter: nn.Parameter
+    B: Tensor  # (O, R)
+    A: Tensor  # (R, I)
+
+
 class Factored(Structure):
     """A structure whose dW = B A is best applied as two thin products."""
 
     @abstractmethod
     def factors(self) -> tuple[Tensor, Tensor]:
         """(B, A): (O, R) and (R, I), differentiable in the parameters."""
+
+    def pair(self) -> Pair | None:
+        """What a change of the parameters does to dW to first order: d(dW) = dB A + B dA. None where it is not so."""
+        return None
 
     @property
     def work(self) -> float:
