@@ -15,8 +15,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import slimtune as st
-from slimtune.layers import Host
-from slimtune.targets import hosts
+from slimtune.initialisers import INITIALISERS, GradientStats, InputStats, Request, Stats
+from slimtune.layers import Host, own_class
+from slimtune.layouts import layout_of
+from slimtune.ranks import seeded
+from slimtune.targets import hosts, own_modules, select
+from slimtune.verbs import build_adapter
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class Method:
     """Numbers an adapter may keep for backward beyond x, for T rows: thin products, casts, vectors."""
     outputs: int = 0
     """(T, O) outputs it may keep besides."""
+    starts_as_base: bool = True
+    """False where the first step is already part of the start."""
 
 
 def thin_or_dense(t: int, o: int, i: int) -> int:
@@ -293,6 +299,47 @@ class Chain(nn.Module):
         return torch.randint(0, 13, (2, 5))
 
 
+def made_up(model: nn.Module, recipe: st.Recipe, targets: Any = "all-linear") -> dict[str, Stats]:
+    """Statistics of data that never was, drawn by the layers' names, for a recipe that starts from them."""
+    stats: dict[str, Stats] = {}
+    for layer in select(model, targets):
+        module = own_modules(model)[layer]
+        rank = build_adapter(module, layer, recipe.for_layer(layer, module, model), "meta").structure.rank
+        for name, options in recipe.init.items():
+            wanted = INITIALISERS[name]
+            if wanted.needs:
+                asked = wanted.asks(rank, **options) if wanted.asks else Request()
+                stats[layer] = _made_up(wanted.needs, asked, module, seeded("made up", layer))
+    return stats
+
+
+def _made_up(kind: type[Stats], asked: Request, module: nn.Module, generator: torch.Generator) -> Stats:
+    O, I = layout_of(own_class(module)).sizes(module)
+    if kind is InputStats:
+        X = torch.randn(asked.components + 4, I, generator=generator, dtype=torch.float64)
+        _, values, rows = torch.linalg.svd(X, full_matrices=False)
+        k = min(asked.components, I)
+        return InputStats(rows[:k], values[:k], float(X.square().sum()), len(X))
+    G = torch.randn(O, I, generator=generator, dtype=torch.float64)
+    projection = (2 * torch.rand(asked.sketch, I, generator=generator, dtype=torch.float64) - 1) / I**0.5
+    left = torch.linalg.svd(G, full_matrices=False)[0][:, : asked.directions]
+    return GradientStats(
+        G @ projection.T,
+        projection,
+        left if asked.directions else None,
+        left.T @ G if asked.directions else None,
+        dict.fromkeys(asked.importance, 1.0),
+        1,
+    )
+
+
+def adapt(
+    model: nn.Module, recipe: st.Recipe, targets: Any = "all-linear", name: str = "default", **options: Any
+) -> list[str]:
+    """`st.adapt`, with made-up statistics where the recipe starts from the data."""
+    return st.adapt(model, recipe, targets, name, stats=made_up(model, recipe, targets), **options)
+
+
 def controlled(model: nn.Module, method: Method, optimizer: torch.optim.Optimizer, steps: int) -> None:
     """Attach what a method's recipe names, for a run of so many steps."""
     for controller in st.controllers_of(method.recipe(), steps):
@@ -320,9 +367,9 @@ def adapted(method: Method, layer: Layer, dtype: torch.dtype = torch.float64, **
     model = One(layer.make().to(dtype)).eval()
     if layer.id in method.refuses:
         with pytest.raises(st.SlimtuneError, match=method.refuses[layer.id]):
-            st.adapt(model, method.recipe(**options), ["layer"])
+            adapt(model, method.recipe(**options), ["layer"])
         pytest.skip(f"{method.id} refuses {layer.id}: {method.refuses[layer.id]}")
-    st.adapt(model, method.recipe(**options), ["layer"])
+    adapt(model, method.recipe(**options), ["layer"])
     shake(model)
     x = layer.inputs(dtype)
     if x.is_floating_point():

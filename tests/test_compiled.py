@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import slimtune as st
-from cases import DORA, LORA, Chain, adapted, dense_forward, kinds, methods, shake, tiny_llama
+from cases import DORA, LORA, Chain, adapt, adapted, dense_forward, kinds, methods, shake, tiny_llama
 
 
 class Counter:
@@ -38,7 +38,7 @@ def test_every_layer_is_one_graph(method, layer):
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_model_is_one_graph_and_changes_do_not_recompile(method, dropout):
     model = Chain().train()
-    st.adapt(model, method.recipe(dropout=dropout), Chain.targets_of(method), modules_to_save=["classifier"])
+    adapt(model, method.recipe(dropout=dropout), Chain.targets_of(method), modules_to_save=["classifier"])
     shake(model)
     counter = Counter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
@@ -71,7 +71,7 @@ def test_equal_layers_share_their_code():
 def test_gradients_through_the_compiler(method):
     """AOT autograd differentiates what the compiler sees as the eager kernels do."""
     model = tiny_llama()
-    st.adapt(model, method.recipe())
+    adapt(model, method.recipe())
     shake(model, 0.1)
     ids = torch.randint(0, 31, (2, 6))
     grads = []

@@ -11,7 +11,7 @@ from torch import nn
 
 import slimtune as st
 import tinyrun
-from cases import Chain, methods, shake
+from cases import Chain, adapt, methods, shake
 from slimtune import cli, files, io
 from slimtune.app.verify import verify
 from slimtune.targets import hosts
@@ -26,7 +26,7 @@ def saved(folder, recipe, targets=("up", "down"), base=None, **options):
     torch.manual_seed(0)
     base = Chain().eval() if base is None else base
     model = copy.deepcopy(base)
-    st.adapt(model, recipe, targets, **options)
+    adapt(model, recipe, targets, **options)
     shake(model)
     st.save(model, folder)
     return base, model.eval()
@@ -79,7 +79,7 @@ def test_no_rank_does_better(method):
     """The measured error is that of the best approximation, by an SVD of the definition (Eckart and Young)."""
     torch.manual_seed(0)
     model = Chain(torch.float64).eval()
-    st.adapt(model, method.recipe(), Chain.targets_of(method))
+    adapt(model, method.recipe(), Chain.targets_of(method))
     shake(model)
     before = changes(model)
     report = st.to_lora(model, rank=2, tolerance=10.0)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import slimtune as st
-from cases import DORA_EXACT, LAYERS, LORA, Chain, adapted, kinds, methods, shake
+from cases import DORA_EXACT, LAYERS, LORA, Chain, adapt, adapted, kinds, made_up, methods, shake
 
 
 def mlp(bias=True, dtype=torch.float64):
@@ -38,12 +38,12 @@ def test_accelerate_hooks_do_not_bypass_the_adapter():
 def test_an_adapter_left_on_meta_does_not_compute(method, tmp_path):
     weights = mlp().state_dict()
     model = mlp().to("meta")
-    st.adapt(model, method.recipe())
+    adapt(model, method.recipe())
     model.load_state_dict(weights, strict=False, assign=True)
     for context in (torch.no_grad(), torch.enable_grad()):
         with context, pytest.raises(st.UninitializedError, match="call initialize"):
             model(torch.randn(2, 6, dtype=torch.float64))
-    st.initialize(model)
+    st.initialize(model, stats=made_up(model, method.recipe()))
     st.save(model, tmp_path)
     with pytest.raises(st.UninitializedError, match="load its weights before"):
         st.load(mlp().to("meta"), tmp_path)
@@ -53,7 +53,7 @@ def test_an_adapter_left_on_meta_does_not_compute(method, tmp_path):
 @pytest.mark.parametrize("bias", [True, False])
 def test_second_derivatives(method, bias):
     model = mlp(bias)
-    st.adapt(model, method.recipe(), ["0"])
+    adapt(model, method.recipe(), ["0"])
     shake(model)
     x = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
     parameters = [p for _, p in st.trainable_parameters(model)]
@@ -73,7 +73,7 @@ def test_input_changed_in_place_is_an_error_not_a_wrong_gradient():
 @methods
 def test_in_place_activation_after_a_layer_with_bias(method):
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(inplace=True))
-    st.adapt(model, method.recipe(), ["0"])
+    adapt(model, method.recipe(), ["0"])
     shake(model)
     model(torch.randn(2, 3, 6)).sum().backward()
 
@@ -97,7 +97,7 @@ def test_layers_that_are_not_affine_are_not_merged():
 @methods
 def test_merged_shows_saved_modules_too(method):
     model = Chain(torch.float64)
-    st.adapt(model, method.recipe(), Chain.targets_of(method), modules_to_save=["classifier"])
+    adapt(model, method.recipe(), Chain.targets_of(method), modules_to_save=["classifier"])
     shake(model)
     plain, ids = Chain(torch.float64), Chain.ids()
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -185,7 +185,7 @@ def test_blocks_far_beyond_the_layer_cost_nothing():
 def test_stack_of_magnitudes_on_bf16(method):
     model = nn.Sequential(nn.Linear(6, 5)).bfloat16()
     st.adapt(model, st.dora(rank=2), ["0"], name="below")
-    st.adapt(model, method.recipe(), ["0"])
+    adapt(model, method.recipe(), ["0"])
     shake(model)
     model(torch.randn(3, 6, dtype=torch.bfloat16)).sum().backward()
 
@@ -211,7 +211,7 @@ def test_ids_of_32_bits(method):
 @methods
 def test_functional_transforms_with_dropout(method):
     model = mlp().train()
-    st.adapt(model, method.recipe(dropout=0.3))
+    adapt(model, method.recipe(dropout=0.3))
     shake(model)
     parameters = dict(model.named_parameters())
     x = torch.randn(5, 6, dtype=torch.float64)
@@ -226,7 +226,7 @@ def test_functional_transforms_with_dropout(method):
 @methods
 def test_functional_transforms(method):
     model = mlp(bias=False)
-    st.adapt(model, method.recipe())
+    adapt(model, method.recipe())
     shake(model)
     parameters = dict(model.named_parameters())
     x = torch.randn(5, 6, dtype=torch.float64)

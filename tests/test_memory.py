@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import slimtune as st
-from cases import METHODS, Chain, methods, shake
+from cases import METHODS, Chain, adapt, methods, shake
 
 T, I, O = 256, 48, 40
 
@@ -40,7 +40,7 @@ OPTIONS = [
 @pytest.mark.parametrize("bias", [True, False])
 def test_keeps_x_and_nothing_else_of_its_size(method, options, dtype, bias):
     model = nn.Sequential(nn.Linear(I, O, bias=bias)).to(dtype)
-    st.adapt(model, method.recipe(**options), ["0"])
+    adapt(model, method.recipe(**options), ["0"])
     x = torch.randn(T, I, dtype=dtype, requires_grad=True)
     size = x.element_size()
     kept, y = saved_bytes(model, x)
@@ -67,7 +67,7 @@ def test_convolution_dropout_keeps_x_alone():
 @methods
 def test_bf16_base_fp32_adapter(method):
     model = Chain(torch.bfloat16)
-    st.adapt(model, method.recipe(), Chain.targets_of(method))
+    adapt(model, method.recipe(), Chain.targets_of(method))
     shake(model)
     y = model(Chain.ids())
     assert y.dtype == torch.bfloat16
@@ -82,7 +82,7 @@ def test_bf16_base_fp32_adapter(method):
 def test_autocast_close_to_fp32(method, dropout):
     torch.manual_seed(0)
     model = Chain()
-    st.adapt(model, method.recipe(dropout=dropout), Chain.targets_of(method))
+    adapt(model, method.recipe(dropout=dropout), Chain.targets_of(method))
     shake(model, 0.1)
     ids = Chain.ids()
 
@@ -113,7 +113,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(method, option, reentra
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)).double()
-    st.adapt(model, method.recipe(**{option: 0.3}))
+    adapt(model, method.recipe(**{option: 0.3}))
     shake(model)
     x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     results = []
@@ -158,7 +158,7 @@ def test_nothing_grows_with_the_square_of_a_vocabulary(method):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Embedding(1200, 8))
     with Largest() as largest:
-        st.adapt(model, method.recipe(), ["0"])
+        adapt(model, method.recipe(), ["0"])
         shake(model)
         model(torch.randint(0, 1200, (2, 3))).sum().backward()
         st.adapt(model, st.dora(rank=2, axis="column"), ["0"], name="above")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import slimtune as st
-from cases import LAYERS, METHODS, Chain, One, adapted, layers, shake, tiny_llama
+from cases import LAYERS, METHODS, Chain, One, adapt, adapted, layers, shake, tiny_llama
 from slimtune import peft_format
 from slimtune.ops.products import factor_pair
 from slimtune.peft_format.frame import CODECS
@@ -142,7 +142,7 @@ def test_our_files_load_there(method, overridden, tmp_path):
     recipe = replace(method.recipe(), overrides=OWN_PATTERNS[kind] if overridden else {})
     # LoKr's shapes are those of the flattened kernel, PEFT's those of the channels
     targets = [t for t in CHAIN[kind] if (kind, t) != ("LOKR", "conv")]
-    st.adapt(model, recipe, targets, modules_to_save=["classifier"])
+    adapt(model, recipe, targets, modules_to_save=["classifier"])
     shake(model)
     st.export_peft(model, tmp_path)
     theirs = strictly(copy.deepcopy(base), tmp_path)
@@ -228,7 +228,7 @@ def test_llama_both_ways(method, tmp_path):
     config = method.peft(peft, target_modules="all-linear", task_type="CAUSAL_LM")
     theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
     ours = copy.deepcopy(base)
-    chosen = st.adapt(ours, method.recipe())
+    chosen = adapt(ours, method.recipe())
     assert sorted(chosen) == sorted(n.removeprefix("base_model.model.") for n in theirs.targeted_module_names)
     shake(ours, 0.1)
     st.export_peft(ours, tmp_path / "ours")

@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import slimtune as st
-from cases import DORA, LORA, Chain, adapted, layers, methods, shake
+from cases import DORA, LORA, Chain, adapt, adapted, layers, methods, shake
 
 
 def saved_chain(method, folder, dtype=torch.float32):
     torch.manual_seed(0)
     base = Chain(dtype).eval()
     model = copy.deepcopy(base)
-    st.adapt(model, method.recipe(), Chain.targets_of(method), modules_to_save=["classifier"])
+    adapt(model, method.recipe(), Chain.targets_of(method), modules_to_save=["classifier"])
     shake(model)
     st.save(model, folder)
     return model, base, Chain.ids()
