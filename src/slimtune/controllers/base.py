@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -46,7 +47,7 @@ class Controller:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on after a restart: all attributes without a leading underscore."""
-        return {key: value for key, value in vars(self).items() if not key.startswith("_")}
+        return copy.deepcopy({key: value for key, value in vars(self).items() if not key.startswith("_")})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what `state_dict` returned. Do it before `attach`, or through `Attached.load_state_dict`.
@@ -57,7 +58,13 @@ class Controller:
         if set(state) != set(self.state_dict()):
             odd = sorted(set(state) ^ set(self.state_dict()))
             raise SlimtuneError(f"{type(self).__name__}: state has other keys than expected: {', '.join(odd)}")
-        vars(self).update(state)
+        vars(self).update(copy.deepcopy(state))
+
+
+def _skips(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether GradScaler calls a fused optimizer for a step that it will not take: gradients overflowed."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
 
 
 class Attached:
@@ -67,8 +74,8 @@ class Attached:
         self.controller, self.model, self.optimizer = controller, model, optimizer
         controller.begin(model, optimizer)
         self._handles = [
-            optimizer.register_step_pre_hook(lambda *_: controller.before_step(model)),
-            optimizer.register_step_post_hook(lambda *_: controller.after_step(model)),
+            optimizer.register_step_pre_hook(lambda *_: None if _skips(optimizer) else controller.before_step(model)),
+            optimizer.register_step_post_hook(lambda *_: None if _skips(optimizer) else controller.after_step(model)),
         ]
 
     def state_dict(self) -> dict[str, Any]:
@@ -131,7 +138,7 @@ def controllers_of(recipe: Recipe, total_steps: int) -> list[Controller]:
         >>> st.controllers_of(st.lora(), total_steps=1000)
         []
     """
-    table = subclasses(Controller)
+    table = {name: cls for name, cls in subclasses(Controller).items() if not inspect.isabstract(cls)}
     made = []
     for name, options in recipe.controllers.items():
         if name not in table:
