@@ -29,7 +29,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "adaptive"
 PICTURES = ROOT / "docs" / "images" / "adaptive"
-RATES = (5e-4, 2e-3, 8e-3)
+RATES = (5e-4, 1.5e-3, 4.5e-3)
 SEEDS = (0, 1, 2)
 
 
@@ -46,8 +46,8 @@ class Task:
 
 TASKS: dict[str, Task] = {
     "trec": Task("TREC, accuracy", "trec.yaml", ("per_device_train_batch_size=8", "max_steps=120"), "accuracy"),
-    "cola": Task("CoLA, Matthews", "cola.yaml", ("per_device_train_batch_size=32", "max_steps=240"), "mcc"),
-    "rte": Task("RTE, accuracy", "rte.yaml", ("max_length=64", "max_steps=120"), "accuracy"),
+    "cola": Task("CoLA, Matthews", "cola.yaml", ("per_device_train_batch_size=16", "max_steps=300"), "mcc"),
+    "rte": Task("RTE, accuracy", "rte.yaml", ("max_length=64", "max_steps=100"), "accuracy"),
     "shakespeare": Task(
         "Shakespeare, nats", "shakespeare.yaml", ("per_device_train_batch_size=8", "max_steps=80"), "loss", False
     ),
