@@ -1,5 +1,6 @@
 """Layer 0: tensors in, tensors out."""
 
+from .centred import centred_factors, centred_linear
 from .circulant import (
     block_circulant_gradient,
     block_circulant_matrix,
@@ -13,11 +14,13 @@ from .circulant import (
 )
 from .dropout import draw_seed, dropped, keep_probability, replayed_dropout
 from .ldu import diagonal_linear, ldu, pivot_rows
+from .lorapro import adjusted_gradients, carried, retracted, tangent
 from .lowrank import lowrank_linear, row_square_after_update
 from .patched import patched_linear
 from .products import hadamard_factors, khatri_rao, kronecker_linear
 from .recomputed import recomputed
 from .squares import column_square_after_update, square_rmatmul
+from .svd import positive_rows, truncated_svd
 from .toeplitz import (
     diagonal_totals,
     displaced_matrix,
@@ -29,9 +32,13 @@ from .toeplitz import (
 )
 
 __all__ = [
+    "adjusted_gradients",
     "block_circulant_gradient",
     "block_circulant_matrix",
     "block_circulant_product",
+    "carried",
+    "centred_factors",
+    "centred_linear",
     "circulant_gradient",
     "circulant_matrix",
     "circulant_product",
@@ -51,14 +58,18 @@ __all__ = [
     "lowrank_linear",
     "patched_linear",
     "pivot_rows",
+    "positive_rows",
     "recomputed",
     "replayed_dropout",
+    "retracted",
     "row_square_after_update",
     "skew_circulant_matrix",
     "skew_product",
     "spectral_dtype",
     "square_rmatmul",
+    "tangent",
     "toeplitz_gradient",
     "toeplitz_matrix",
     "toeplitz_product",
+    "truncated_svd",
 ]

@@ -3,6 +3,7 @@
 from .base import Factored, Structure
 from .blockcirculant import BlockCirculant
 from .blocklowrank import BlockLowRank
+from .centred import CentredLowRank
 from .circulant import LDR, Circulant
 from .hadamard import Hadamard
 from .khatrirao import KhatriRao
@@ -20,6 +21,7 @@ __all__ = [
     "BlockCirculant",
     "BlockLowRank",
     "BlockTiled",
+    "CentredLowRank",
     "Circulant",
     "Factored",
     "Hadamard",

@@ -201,6 +201,11 @@ class Factored(Structure):
         """What a change of the parameters does to dW to first order: d(dW) = dB A + B dA. None where it is not so."""
         return None
 
+    def rank_sizes(self) -> Tensor:
+        """|dW_j|_F of the share dW_j of every rank in dW, (R,)."""
+        B, A = self.factors()
+        return B.norm(dim=0) * A.norm(dim=1)
+
     @property
     def work(self) -> float:
         rank = self.rank
