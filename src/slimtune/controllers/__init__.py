@@ -1,6 +1,20 @@
 """Layer 4: what happens around the optimizer's step."""
 
+from .adalora import AdaLoRA
 from .base import Attached, Controller, attach, controllers_of
+from .elalora import ElaLoRA
+from .lorapro import LoRAPro
+from .orthogonality import Orthogonality
 from .ramp import Ramp
 
-__all__ = ["Attached", "Controller", "Ramp", "attach", "controllers_of"]
+__all__ = [
+    "AdaLoRA",
+    "Attached",
+    "Controller",
+    "ElaLoRA",
+    "LoRAPro",
+    "Orthogonality",
+    "Ramp",
+    "attach",
+    "controllers_of",
+]

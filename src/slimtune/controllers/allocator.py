@@ -14,14 +14,12 @@ import torch
 from torch import Tensor, distributed, nn
 
 from ..errors import DivergenceError, SlimtuneError, StructureError
-from ..layers import Adapter
 from ..ranks import SECOND_MOMENTS, change_ranks, seeded
 from ..structures import Structure
 from ..structures.base import check_count
-from ..targets import hosts
-from .base import Controller
+from .base import Controller, trained_adapters
 
-__all__ = ["Allocator", "Change", "Scores", "best_ranks", "check_share"]
+__all__ = ["Allocator", "Change", "Scores", "best_ranks", "check_share", "clear_slots"]
 
 Scores = Mapping[str, Mapping[int, float]]
 """{layer: {slot: S of the rank there}}, live ranks only, layers in the model's order."""
@@ -211,6 +209,11 @@ class Allocator(Controller, ABC):
         """What the live ranks cost together."""
         return sum(rank * self._costs[layer] for layer, rank in self.ranks().items())
 
+    def moments(self, p: Tensor) -> list[tuple[str, Tensor]]:
+        """What the optimizer's state holds of a parameter, or of a buffer nothing, in its shape: (key, tensor)."""
+        state = self._optimizer.state.get(p, {})
+        return [(key, v) for key, v in state.items() if torch.is_tensor(v) and v.dim() and v.shape == p.shape]
+
     # ---- the controller
 
     def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -331,17 +334,16 @@ class Allocator(Controller, ABC):
         structure, taken, off = self._structures[layer], free[:grow], free[grow:]
         for name, dim in structure.rank_dims.items():
             t: Tensor = getattr(structure, name)
-            _clear(t, dim, free)
+            clear_slots(t, dim, free)
             if grow:
                 _put(t, dim, taken, new[name])
             if t.grad is not None:
-                _clear(t.grad, dim, free)
-            for key, v in self._optimizer.state.get(t, {}).items():
-                if torch.is_tensor(v) and v.shape == t.shape and t.dim():
-                    _clear(v, dim, free)
-                    if grow and keep and key in SECOND_MOMENTS:
-                        kept = _whole(v).index_select(dim, torch.tensor(keep, device=v.device))
-                        _put(v, dim, taken, kept.mean(dim, keepdim=True).expand_as(kept.narrow(dim, 0, 1)))
+                clear_slots(t.grad, dim, free)
+            for key, v in self.moments(t):
+                clear_slots(v, dim, free)
+                if grow and keep and key in SECOND_MOMENTS:
+                    kept = _whole(v).index_select(dim, torch.tensor(keep, device=v.device))
+                    _put(v, dim, taken, kept.mean(dim, keepdim=True))
         self.off.pop(layer, None)
         if off:
             self.off[layer] = off
@@ -349,19 +351,11 @@ class Allocator(Controller, ABC):
     # ---- finding the layers
 
     def _find(self, model: nn.Module) -> dict[str, Structure]:
-        found: dict[str, dict[str, Structure]] = {}
-        for layer, host in hosts(model).items():
-            for name, a in host.adapters.items():
-                if not isinstance(a, Adapter) or not any(p.requires_grad for p in a.parameters()):
-                    continue
-                if name == self.adapter or (self.adapter is None and self._kind in a.recipe.controllers):
-                    found.setdefault(name, {})[layer] = a.structure
-        if not found:
-            what = f"whose recipe names {self._kind}" if self.adapter is None else f"called {self.adapter!r}"
-            raise SlimtuneError(f"{self._kind}: the model trains no adapter {what}")
-        if len(found) > 1:
-            raise SlimtuneError(f"{self._kind}: several adapters train: {', '.join(found)}; say which by adapter=")
-        structures = next(iter(found.values()))
+        found = trained_adapters(model, self._kind, self.adapter)
+        names = list(dict.fromkeys(name for _, name, _ in found))
+        if len(names) > 1:
+            raise SlimtuneError(f"{self._kind}: several adapters train: {', '.join(names)}; say which by adapter=")
+        structures = {layer: a.structure for layer, _, a in found}
         for layer, structure in structures.items():
             if not structure.rank_dims:
                 raise StructureError(f"{self._kind}: {layer}: the ranks of {type(structure).__name__} cannot change")
@@ -415,7 +409,8 @@ def _edited(t: Tensor, edit: Callable[[Tensor], object]) -> None:
     t.copy_(distribute_tensor(whole, t.device_mesh, t.placements, src_data_rank=None))  # type: ignore[attr-defined]
 
 
-def _clear(t: Tensor, dim: int, slots: Sequence[int]) -> None:
+def clear_slots(t: Tensor, dim: int, slots: Sequence[int]) -> None:
+    """Zero these slots along a dimension, in place, also of a sharded tensor."""
     if slots:
         _edited(t, lambda t: t.index_fill_(dim, torch.tensor(slots, device=t.device), 0.0))
 

@@ -14,7 +14,7 @@ from ..layers import Adapter
 from ..recipe import Recipe, subclasses
 from ..targets import hosts
 
-__all__ = ["Attached", "Controller", "attach", "controllers_of"]
+__all__ = ["Attached", "Controller", "attach", "controllers_of", "trained_adapters"]
 
 
 class Controller:
@@ -123,6 +123,27 @@ def attach(controller: Controller, model: nn.Module, optimizer: torch.optim.Opti
             if isinstance(adapter, Adapter):
                 adapter.awaited.discard(type(controller).__name__)
     return attached
+
+
+def trained_adapters(model: nn.Module, controller: str, name: str | None = None) -> list[tuple[str, str, Adapter]]:
+    """(layer, adapter's name, adapter) of those in training called `name`, or by default whose recipe names the
+    controller.
+
+    Raises:
+        SlimtuneError: there is none.
+    """
+    found = [
+        (layer, key, a)
+        for layer, host in hosts(model).items()
+        for key, a in host.adapters.items()
+        if isinstance(a, Adapter)
+        and (controller in a.recipe.controllers if name is None else key == name)
+        and any(p.requires_grad for p in a.parameters())
+    ]
+    if not found:
+        what = f"whose recipe names {controller}" if name is None else f"called {name!r}"
+        raise SlimtuneError(f"{controller}: the model trains no adapter {what}")
+    return found
 
 
 def controllers_of(recipe: Recipe, total_steps: int) -> list[Controller]:

@@ -3,15 +3,18 @@
 from collections.abc import Callable
 
 from ..recipe import Recipe
+from .adaptive import adalora
 from .blocks import bone, gralora
 from .bora import bora
 from .circulant import c3a, circulant, ldr, toeplitz
 from .ldu import loldu
+from .lorapro import lorapro
 from .lowrank import dora, lora, rslora
 from .products import kronecker, loha, lokh, lokr
 from .symmetric import singlora
 
 __all__ = [
+    "adalora",
     "bone",
     "bora",
     "c3a",
@@ -25,6 +28,7 @@ __all__ = [
     "lokr",
     "loldu",
     "lora",
+    "lorapro",
     "rslora",
     "singlora",
     "toeplitz",
