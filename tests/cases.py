@@ -184,6 +184,11 @@ METHODS = [
         kept=lambda t, o, i: 8,
     ),
     Method(
+        "adalora",
+        lambda **o: st.adalora(rank=2, initial_rank=3, alpha=4, **o),
+        parameters=lambda o, i: 3 * (o + i + 1),
+    ),
+    Method(
         "c3a-published",
         lambda **o: replace(st.c3a(block=3, normalization="published", **o), alpha=8.0),
         parameters=lambda o, i: 3 * -(-o // 3) * -(-i // 3),
