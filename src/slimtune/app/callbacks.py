@@ -28,11 +28,13 @@ class Run(TrainerCallback):
         self.best = best
         self.measure_base: Callable[[], dict[str, Any]] | None = None
         self._began = 0.0
+        self._ranks: dict[str, int] | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.measure_base and "base" not in self.trainer.run_state:
             # not before training: an evaluation would mark the model as prepared, and DDP would leave it alone
             self.trainer.run_state["base"] = self.measure_base()
+        self.trainer.attach_controllers(self.trainer.run_state.get("controllers", {}))
         self.trainer.stop.deferred = True
         window = self.trainer.run_state.get("window")
         if window:  # the loss since the last log line, which a resumed run would otherwise forget
@@ -45,9 +47,24 @@ class Run(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         totals = self.trainer.run_state
         totals["step_seconds"] = totals.get("step_seconds", 0.0) + time.perf_counter() - self._began
+        self._write_notes(state.global_step)
         if self.trainer.stop.signal:
             control.should_save = True
             control.should_training_stop = True
+
+    def _write_notes(self, step: int) -> None:
+        """What the controllers have to say about this step; ranks only when they changed."""
+        for attached in self.trainer.attached:
+            note = attached.controller.note()
+            if note is None:
+                continue
+            if "ranks" not in note:
+                self.events.write("note", step, controller=type(attached.controller).__name__, **note)
+            elif note["ranks"] != self._ranks:
+                if self._ranks is None and (start := self.trainer.run_state.get("start")):
+                    self.events.write("ranks", 0, ranks=start["ranks"])
+                self._ranks = note["ranks"]
+                self.events.write("ranks", step, **note)
 
     def on_log(
         self,

@@ -24,11 +24,13 @@ from slimtune.errors import SlimtuneError
 
 
 def measure(cfg: TrainConfig, trainer: SlimTrainer, task: Task) -> dict[str, Any]:
-    """The table of metrics.json, from the weights to keep: the best ones if asked for, else the last."""
+    """The table of metrics.json, from the weights to keep: the best ones if asked for, else the last; the controllers
+    are done with them then."""
     state, step = trainer.run_state, trainer.state.global_step
     kept = _take_best(trainer) if cfg.load_best_model_at_end else step
+    tidied = trainer.finish_controllers()
     known = [e for e in trainer.state.log_history if e.get("step") == kept and "eval_loss" in e]
-    if known:
+    if known and not tidied:
         validation = {**plain(known[-1]), "samples": len(task.validation)}
     else:
         validation = evaluate(trainer, task.validation, "final")
@@ -48,6 +50,16 @@ def measure(cfg: TrainConfig, trainer: SlimTrainer, task: Task) -> dict[str, Any
     }
 
 
+def sizes(trainer: SlimTrainer) -> dict[str, int]:
+    """How many parameters train and are in all, as the ranks are now; and how many trained at the start."""
+    parameters = list(trainer.model.parameters())
+    return {
+        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "trainable_parameters_at_start": trainer.run_state["start"]["trainable_parameters"],
+        "total_parameters": sum(p.numel() for p in parameters),
+    }
+
+
 def _take_best(trainer: SlimTrainer) -> int:
     """Load the weights of the best evaluation; returns their step."""
     step, path = trainer.state.global_step, trainer.best_checkpoint
@@ -59,7 +71,7 @@ def _take_best(trainer: SlimTrainer) -> int:
         trainer.events.write("skip", trainer.state.best_global_step, path=path.name, reason=reason)
         print(f"{path}: {reason}", file=sys.stderr)
         return step
-    trainer.load(path)
+    trainer.take(path)
     return trainer.state.best_global_step
 
 
@@ -77,7 +89,9 @@ def write_results(
             size = sum(file.stat().st_size for file in (run / ADAPTER).glob("*.safetensors"))
         else:
             size = _save_model(trainer, task, run / "model")
-        write_text(run / "ranks.json", json.dumps(trained_rows(trainer.model, method), indent=1))
+        write_text(
+            run / "ranks.json", json.dumps(trained_rows(trainer.model, method, trainer.run_state["start"]), indent=1)
+        )
         metrics["adapter_bytes"] = size
         trainer.events.write("end", metrics["steps"], seconds=metrics["train_runtime"])
         write_text(run / resume.METRICS, json.dumps(metrics | {"info": task.info}, indent=1, default=str))

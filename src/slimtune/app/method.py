@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,14 +139,24 @@ def meta_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def trained_rows(model: nn.Module, method: Method) -> list[dict[str, Any]]:
-    """Per adapted layer or module trained in full: name, rank, parameters. The table of ranks.json."""
+def start_of(model: nn.Module, method: Method) -> dict[str, Any]:
+    """What a run starts with, before controllers change ranks: trainable parameters, and the rank of every layer."""
+    ranks = {row.name: row.rank for row in st.summary(model).rows if row.rank is not None} if method.recipe else {}
+    return {"trainable_parameters": sum(p.numel() for _, p in st.trainable_parameters(model)), "ranks": ranks}
+
+
+def trained_rows(model: nn.Module, method: Method, start: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Per adapted layer or module trained in full: name, rank (now and at the start), parameters. The table of
+    ranks.json."""
     if method.recipe:
-        rows = st.summary(model).rows
-        return [{"name": row.name, "rank": row.rank, "parameters": row.parameters} for row in rows]
-    parts = {name: model.get_submodule(name) for name in method.whole if name} or dict(model.named_children())
-    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-    return [{"name": name, "rank": None, "parameters": count} for name, count in counts.items()]
+        found = {row.name: (row.rank, row.parameters) for row in st.summary(model).rows}
+    else:
+        parts = {name: model.get_submodule(name) for name in method.whole if name} or dict(model.named_children())
+        found = {name: (None, sum(p.numel() for p in part.parameters())) for name, part in parts.items()}
+    return [
+        {"name": name, "rank": rank, "start_rank": start["ranks"].get(name), "parameters": count}
+        for name, (rank, count) in found.items()
+    ]
 
 
 def make_groups(cfg: TrainConfig, model: nn.Module, method: Method, head: Sequence[str]) -> list[dict[str, Any]]:

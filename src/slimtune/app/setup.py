@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from slimtune.app.method import Method, make_groups
 from slimtune.app.signals import StopRequest
 from slimtune.app.tasks import Task
 from slimtune.app.trainer import SlimTrainer
-from slimtune.controllers import controllers_of
+from slimtune.controllers import Controller, controllers_of
 from slimtune.errors import ConfigError, SlimtuneError
 
 
@@ -104,6 +105,9 @@ def trainer(
         raise ConfigError(f"gradient_checkpointing: {type(task.model).__name__} does not support it")
     made.label_names = task.label_names
     progress = Progress(task.metric)
+    controllers = controllers_of(method.recipe, made.max_steps) if method.recipe else []
+    if made.world_size > 1 or cfg.torch_compile:
+        fix_shapes(controllers)
     try:
         built = SlimTrainer(
             make_groups=lambda model: make_groups(cfg, model, method, task.head),
@@ -115,7 +119,7 @@ def trainer(
             stop=stop,
             events=events,
             progress=progress,
-            controllers=controllers_of(method.recipe, made.max_steps) if method.recipe else (),
+            controllers=controllers,
             model=task.model,
             args=made,
             data_collator=task.collator,
@@ -137,6 +141,13 @@ def trainer(
     built.add_callback(follow)
     built.make_groups(task.model)  # raises now, not at the first step
     return built
+
+
+def fix_shapes(controllers: Sequence[Controller]) -> None:
+    """Let controllers that change ranks, and have not been told how, mask them: graphs and buckets hold shapes."""
+    for controller in controllers:
+        if getattr(controller, "masked", False) is None:
+            controller.masked = True  # type: ignore[attr-defined]
 
 
 def check_folder(run: Path) -> None:

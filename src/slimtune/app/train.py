@@ -58,7 +58,7 @@ def _train(cfg: TrainConfig, stop: StopRequest) -> RunResult:
     import torch
 
     from slimtune.app import finish, setup
-    from slimtune.app.method import apply_method
+    from slimtune.app.method import apply_method, start_of
     from slimtune.app.tasks import build_task
 
     arguments = setup.arguments(cfg)  # starts the process group under torchrun
@@ -82,11 +82,12 @@ def _train(cfg: TrainConfig, stop: StopRequest) -> RunResult:
         events.write("skip", checkpoint.step_of(path), path=path.name, reason=reason)
         if main:
             print(f"damaged checkpoint skipped: {path}: {reason}", file=sys.stderr)
-    trainer.run_state = {**beginning.state, "config": resume.relevant(cfg), **here}
+    start = start_of(task.model, method)  # of a continued run: what it was at first
+    trainer.run_state = {"start": start, **beginning.state, "config": resume.relevant(cfg), **here}
     facts = {
         "method": cfg.method,
         "learning_rate": method.learning_rate,
-        "trainable_parameters": sum(p.numel() for p in task.model.parameters() if p.requires_grad),
+        "trainable_parameters": trainer.run_state["start"]["trainable_parameters"],
         "total_parameters": sum(p.numel() for p in task.model.parameters()),
         "train_examples": len(task.train),
         "max_steps": steps,
@@ -141,7 +142,7 @@ def _fit(
         trainer.events.write("stop", step, reason=f"interrupted by {stop.signal}", path=f"checkpoint-{step}")
         return RunResult(run, interrupted=True, report=finish.report(run) if trainer.args.should_save else None)
 
-    metrics = finish.measure(cfg, trainer, task) | facts
+    metrics = finish.measure(cfg, trainer, task) | facts | finish.sizes(trainer)
     report = finish.write_results(run, cfg, task, method, trainer, metrics) if trainer.args.should_save else None
     setup.barrier()
     return RunResult(run, metrics, report=report)

@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,10 @@ from slimtune.app import checkpoint
 from slimtune.app.callbacks import Progress
 from slimtune.app.events import Events
 from slimtune.app.finite import culprit, first_bad_gradient
-from slimtune.app.resume import RUN_STATE
+from slimtune.app.resume import RUN_STATE, read_state
 from slimtune.app.signals import StopRequest
 from slimtune.app.weights import inside, load_weights, save_weights
-from slimtune.controllers import Controller, attach
+from slimtune.controllers import Attached, Controller, attach
 from slimtune.errors import DivergenceError, SlimtuneError
 
 
@@ -65,6 +65,7 @@ class SlimTrainer(Trainer):
         self.events = events
         self.progress = progress
         self.controllers = {type(c).__name__: c for c in controllers}
+        self.attached: list[Attached] = []
         self.clock: Callable[[], float] = lambda: 0.0  # seconds of training, those before a resume included
         self.run_state: dict[str, Any] = {}
         self.split = "validation"
@@ -84,12 +85,21 @@ class SlimTrainer(Trainer):
         if self.optimizer is None:  # type: ignore[has-type]
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer: torch.optim.Optimizer = cls(self.make_groups(self.model), **options)
-            states = self.run_state.get("controllers", {})
-            for name, controller in self.controllers.items():
-                if name in states:
-                    controller.load_state_dict(states[name])
-                attach(controller, self.model, self.optimizer)
         return self.optimizer
+
+    def attach_controllers(self, states: Mapping[str, Any]) -> None:
+        """Connect the method's controllers, their state put back, once weights and optimizer are as they were."""
+        for name, controller in self.controllers.items():
+            if name in states:
+                controller.load_state_dict(states[name])
+        self.attached = [attach(c, self.model, self.optimizer) for c in self.controllers.values()]
+
+    def finish_controllers(self) -> bool:
+        """Let the controllers tidy up the model that is kept; whether any of them does more than nothing."""
+        for attached in self.attached:
+            attached.finish()
+        self.attached = []
+        return any(type(c).end is not Controller.end for c in self.controllers.values())
 
     def compute_loss(
         self,
@@ -216,18 +226,32 @@ class SlimTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return super()._load_optimizer_and_scheduler(checkpoint)
-        # to "cpu" first, always: transformers 5.17 cannot restore to the "cpu:0" of a distributed run
         for part, file in ((self.optimizer, OPTIMIZER_NAME), (self.lr_scheduler, SCHEDULER_NAME)):
-            part.load_state_dict(torch.load(Path(checkpoint) / file, map_location="cpu", weights_only=True))
+            part.load_state_dict(_read(Path(checkpoint) / file))
 
     def load(self, path: Path) -> None:
-        """Take over the weights of a checkpoint."""
+        """Take over the weights of a checkpoint; its ranks may be others than the model's."""
         load_weights(self.model, path, self.adapter, self.whole)
+
+    def take(self, path: Path) -> None:
+        """Take over the weights of a checkpoint to keep them, the controllers as they were when it was written."""
+        self.load(path)
+        if self.controllers:
+            for attached in self.attached:
+                attached.remove()
+            self.optimizer = None  # type: ignore[assignment]  # that of other parameters
+            self.create_optimizer().load_state_dict(_read(path / OPTIMIZER_NAME))
+            self.attach_controllers(read_state(path).get("controllers", {}))
 
     def restore(self, path: Path) -> None:
         """Take over the weights and the history of a checkpoint after which there is nothing left to train."""
-        self.load(path)
+        self.take(path)
         self.state = TrainerState.load_from_json(str(path / TRAINER_STATE_NAME))
+
+
+def _read(file: Path) -> Any:
+    # to "cpu" first, always: transformers 5.17 cannot restore to the "cpu:0" of a distributed run
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,172 @@
+"""Runs whose ranks change: exact resume around every round, tidying up, the record of ranks."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import slimtune as st
+import tinyrun
+from slimtune.app import checkpoint
+from slimtune.app.train import train
+from slimtune.ranks import compact, resize
+from slimtune.targets import hosts
+from tinyrun import events, image_config, same, text_config, weights
+
+pytest.importorskip("transformers")
+
+
+class Shift(st.Controller):
+    """After every third step the layers trade ranks by statistics kept beside Adam's moments; the last rank is masked.
+
+    `masked` is None like that of a controller that chooses by itself; it does not matter here.
+    """
+
+    def __init__(self, every=3, masked=None):
+        self.every, self.masked, self.done, self.ranks = every, masked, 0, {}
+
+    def begin(self, model, optimizer):
+        self._optimizer = optimizer
+        self._layers = {name: host.adapters["default"].structure for name, host in hosts(model).items()}
+        if not self.done:
+            self.ranks = {name: structure.rank for name, structure in self._layers.items()}
+        assert self.ranks == {name: structure.rank for name, structure in self._layers.items()}
+        for structure in self._layers.values():  # what counts was put back before
+            assert bool(optimizer.state.get(structure.B)) == bool(self.done)
+
+    @torch.no_grad()
+    def after_step(self, model):
+        self.done += 1
+        scores = {}
+        for name, structure in self._layers.items():
+            state = self._optimizer.state[structure.B]
+            new = (structure.B * structure.B.grad).abs()
+            state["shift_mean"] = state.get("shift_mean", torch.zeros_like(new)).mul(0.8).add(new, alpha=0.2)
+            scores[name] = float(state["shift_mean"].mean())
+            structure.B[:, -1] = 0
+        if self.done % self.every == 2:
+            order = sorted(scores, key=scores.get)
+            ranks = {name: 2 + (place + self.done) % 4 for place, name in enumerate(order)}
+            resize(model, ranks, self._optimizer, seed=self.done)
+            self.ranks = {name: structure.rank for name, structure in self._layers.items()}
+
+    def note(self):
+        return {"ranks": dict(self.ranks), "round": self.done // 3} if self.done % self.every == 2 else None
+
+    def end(self, model):
+        compact(model, self._optimizer)
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch):
+    monkeypatch.setattr("slimtune.app.report.write_report", lambda run: None)
+
+
+@pytest.fixture
+def shifting(monkeypatch):
+    """LoRA with `Shift`."""
+    from slimtune.app import method
+
+    plain = method.make_recipe
+    monkeypatch.setattr(
+        method, "make_recipe", lambda *a: dataclasses.replace(plain(*a), controllers={"Shift": {"every": 3}})
+    )
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return tinyrun.make_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return tinyrun.make_text(tmp_path_factory.mktemp("text") / "text.jsonl")
+
+
+def cut(run: Path, to: Path, step: int) -> None:
+    """Copy a run as it was when it was killed just after `step`."""
+    to.mkdir()
+    shutil.copy(run / "config.yaml", to)
+    for path in checkpoint.checkpoints(run):
+        if checkpoint.step_of(path) <= step:
+            shutil.copytree(path, to / path.name)
+    lines = (run / "events.jsonl").read_text().splitlines(keepends=True)
+    (to / "events.jsonl").write_text("".join(e for e in lines if json.loads(e)["step"] <= step and '"end"' not in e))
+
+
+def resumes(cfg, folder, steps):
+    """Assert that a run continued after each of `steps` ends in the bits, ranks and scores of one without a break."""
+    straight = Path(cfg.output_dir)
+    result = train(cfg)
+    ranks = json.loads((straight / "ranks.json").read_text())
+    for step in steps:
+        run = folder / f"from-{step}"
+        cut(straight, run, step)
+        again = train(cfg.model_copy(update={"output_dir": str(run)}))
+        same(straight, run)
+        assert json.loads((run / "ranks.json").read_text()) == ranks
+        assert again.metrics["validation"] == result.metrics["validation"]
+        for key in ("trainable_parameters", "trainable_parameters_at_start", "total_parameters"):
+            assert again.metrics[key] == result.metrics[key]
+    return result, ranks
+
+
+def test_resume_is_exact_around_rank_changes(shifting, llama, text, tmp_path):
+    """Before, at and after a round, and after the last step; the adapter that is kept has no masked rank."""
+    cfg = text_config(llama, text, tmp_path / "run")
+    result, ranks = resumes(cfg, tmp_path, [1, 2, 3, 10, 12])
+    rounds = events(tmp_path / "run", "ranks")
+    assert [e["step"] for e in rounds] == [0, 2, 5, 8, 11]
+    assert set(rounds[0]["ranks"].values()) == {2} and len({tuple(e["ranks"].values()) for e in rounds}) == 5
+    assert {row["name"]: row["rank"] + 1 for row in ranks} == rounds[-1]["ranks"]
+    assert all("round" in e for e in rounds[1:])
+    assert {row["start_rank"] for row in ranks} == {2}
+    assert result.metrics["trainable_parameters"] == sum(row["parameters"] for row in ranks)
+    stored = weights(tmp_path / "run")
+    assert sum(t.numel() for key, t in stored.items() if ".lora_" in key) == sum(row["parameters"] for row in ranks)
+    start = events(tmp_path / "run", "start")[0]
+    assert start["trainable_parameters"] == result.metrics["trainable_parameters_at_start"]
+
+
+@pytest.mark.parametrize("best", [1, 3, 6])
+def test_the_best_weights_are_kept_at_their_ranks(shifting, tmp_path, monkeypatch, best):
+    """A checkpoint with other ranks than the last is taken over, tidied up, and scored again."""
+    from slimtune.app.callbacks import Run
+
+    original = Run.on_evaluate
+
+    def scored(self, args, state, control, metrics=None, **rest):
+        found = {**metrics, "eval_accuracy": 1.0 if state.global_step == best else 0.5}
+        original(self, args, state, control, found, **rest)
+
+    monkeypatch.setattr(Run, "on_evaluate", scored)
+    cfg = image_config(
+        tmp_path,
+        max_steps=6,
+        eval_steps=1,
+        save_steps=1,
+        target_modules=["0", "6"],
+        modules_to_save=[],
+        load_best_model_at_end=True,
+    )
+    result = train(cfg)
+    run = Path(cfg.output_dir)
+    kept = json.loads((run / f"checkpoint-{best}" / "adapter" / "slimtune.json").read_text())["adapter"]["layers"]
+    ranks = {row["name"]: row["rank"] for row in json.loads((run / "ranks.json").read_text())}
+    assert result.metrics["best_step"] == best
+    assert ranks == {name: entry["options"]["rank"] - 1 for name, entry in kept.items()}
+    assert result.metrics["trainable_parameters"] == sum(t.numel() for t in weights(run).values())
+    losses = {e["step"]: e["loss"] for e in events(run, "eval")}
+    assert result.metrics["validation"]["loss"] == pytest.approx(losses[best], rel=1e-6)
+
+
+def test_shapes_stay_where_they_must(tmp_path, monkeypatch):
+    """Under torch.compile a controller that was not told how is told to mask; one that was is left alone."""
+    from slimtune.app.setup import fix_shapes
+
+    told, asked, other = Shift(masked=False), Shift(), st.Ramp(steps=3)
+    fix_shapes([told, asked, other])
+    assert (told.masked, asked.masked) == (False, True) and not hasattr(other, "masked")
