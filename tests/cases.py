@@ -185,7 +185,7 @@ METHODS = [
     ),
     Method(
         "adalora",
-        lambda **o: st.adalora(rank=2, initial_rank=3, alpha=4, **o),
+        lambda **o: st.adalora(rank=2, initial_rank=3, alpha=24, **o),
         parameters=lambda o, i: 3 * (o + i + 1),
     ),
     Method(
