@@ -1,6 +1,7 @@
 """Layer 4: what happens around the optimizer's step."""
 
 from .adalora import AdaLoRA
+from .ard import ARD
 from .base import Attached, Controller, attach, controllers_of
 from .elalora import ElaLoRA
 from .lorapro import LoRAPro
@@ -8,6 +9,7 @@ from .orthogonality import Orthogonality
 from .ramp import Ramp
 
 __all__ = [
+    "ARD",
     "AdaLoRA",
     "Attached",
     "Controller",

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 
 from ..recipe import Recipe
-from .adaptive import adalora
+from .adaptive import adalora, elalora
+from .ard import ardlora
 from .blocks import bone, gralora
 from .bora import bora
 from .circulant import c3a, circulant, ldr, toeplitz
@@ -15,11 +16,13 @@ from .symmetric import singlora
 
 __all__ = [
     "adalora",
+    "ardlora",
     "bone",
     "bora",
     "c3a",
     "circulant",
     "dora",
+    "elalora",
     "gralora",
     "kronecker",
     "ldr",

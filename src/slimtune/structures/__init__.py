@@ -5,6 +5,7 @@ from .blockcirculant import BlockCirculant
 from .blocklowrank import BlockLowRank
 from .centred import CentredLowRank
 from .circulant import LDR, Circulant
+from .gated import GatedHeads
 from .hadamard import Hadamard
 from .khatrirao import KhatriRao
 from .kronecker import Kronecker
@@ -24,6 +25,7 @@ __all__ = [
     "CentredLowRank",
     "Circulant",
     "Factored",
+    "GatedHeads",
     "Hadamard",
     "KhatriRao",
     "Kronecker",
