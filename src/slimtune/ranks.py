@@ -12,15 +12,17 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .errors import SlimtuneError, StructureError, TargetError
+from .errors import SlimtuneError, StructureError, TargetError, UninitializedError
 from .structures import Factored, Structure
 from .structures.base import check_count
 from .targets import hosts, require_adapter
 
 __all__ = ["change_ranks", "compact", "rank_sizes", "resize", "seeded"]
 
-SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
-"""State whose square root an optimizer divides by; a new rank starts at the mean of the kept ones."""
+SECOND_MOMENTS = frozenset(
+    ("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "acc_delta", "sum", "variance", "step_size")
+)
+"""State that the length of an optimizer's step comes from; a new rank starts at the mean of the kept ones."""
 
 
 def seeded(*key: object) -> torch.Generator:
@@ -45,20 +47,19 @@ def change_ranks(
     Args:
         keep: indices of present ranks.
         new: {name in `structure.rank_dims`: values of the new ranks}; none when None.
-        optimizers: those that hold the parameters.
+        optimizers: those that hold the parameters. One whose state of a parameter is of another shape (Adafactor's
+            factored moments, 8-bit blocks) starts that parameter's state afresh.
 
     Raises:
-        StructureError: a structure whose ranks cannot change, or none would be left.
-        SlimtuneError: a sharded parameter.
+        StructureError: a structure whose ranks cannot change, indices of ranks it does not have or twice the same,
+            new ranks of other names or shapes than its own, or none would be left.
+        UninitializedError: it is on the meta device.
+        SlimtuneError: a sharded parameter. Nothing has been changed in each case.
+
+    Warns:
+        UserWarning: an optimizer's state of a parameter starts afresh.
     """
-    if not structure.rank_dims:
-        raise StructureError(f"{type(structure).__name__}: its ranks cannot change")
-    added = next(iter(new.values())).shape[structure.rank_dims[next(iter(new))]] if new else 0
-    if len(keep) + added < 1:
-        raise StructureError(f"{type(structure).__name__}: at least one rank must be left")
-    for name in structure.rank_dims:
-        if hasattr(getattr(structure, name), "full_tensor"):
-            raise SlimtuneError(f"{name} is sharded, so its shape cannot change; mask its ranks instead")
+    _check(structure, keep, new)
     for name, dim in structure.rank_dims.items():
         t: Tensor = getattr(structure, name)
         index = torch.as_tensor(keep, dtype=torch.long, device=t.device)
@@ -67,6 +68,38 @@ def change_ranks(
             _change(t, index, dim, extra, optimizers)
         else:
             setattr(structure, name, _joined(t, index, dim, extra))
+
+
+def _check(structure: Structure, keep: Sequence[int], new: Mapping[str, Tensor] | None) -> None:
+    kind, dims = type(structure).__name__, structure.rank_dims
+    _check_resizable(structure, kind)
+    have = min(getattr(structure, name).shape[dim] for name, dim in dims.items())
+    if len(set(keep)) < len(keep) or not all(0 <= j < have for j in keep):
+        raise StructureError(f"{kind}: ranks to keep must be different ones of 0 .. {have - 1}, got {list(keep)}")
+    if new and new.keys() != dims.keys():
+        raise StructureError(f"{kind}: new ranks need {', '.join(dims)}, got {', '.join(new)}")
+    counts = set()
+    for name, t in (new or {}).items():
+        own, dim = getattr(structure, name).shape, dims[name]
+        if t.shape[:dim] + t.shape[dim + 1 :] != own[:dim] + own[dim + 1 :] or t.dim() != len(own):
+            raise StructureError(f"{kind}: new ranks of {name} have shape {tuple(t.shape)}, its own is {tuple(own)}")
+        counts.add(t.shape[dim])
+    if len(counts) > 1:
+        raise StructureError(f"{kind}: new ranks of different number: {sorted(counts)}")
+    if len(keep) + sum(counts) < 1:
+        raise StructureError(f"{kind}: at least one rank must be left")
+
+
+def _check_resizable(structure: Structure, where: str) -> None:
+    """Raise unless the shapes of a structure's parameters can change."""
+    if not structure.rank_dims:
+        raise StructureError(f"{where}: the ranks of {type(structure).__name__} cannot change")
+    for name in structure.rank_dims:
+        t = getattr(structure, name)
+        if t.is_meta:
+            raise UninitializedError(f"{where}: {name} is still on the meta device; load weights, then initialize")
+        if hasattr(t, "full_tensor"):
+            raise SlimtuneError(f"{where}: {name} is sharded, so its shape cannot change; mask its ranks instead")
 
 
 def _joined(t: Tensor, index: Tensor, dim: int, extra: Tensor | None) -> Tensor:
@@ -80,8 +113,9 @@ def _change(
     shape, grad, value = p.shape, p.grad, p.data
     p.grad = None
     # another dtype in between makes autograd forget the old shape, which a loss still alive would keep
-    p.data = value.new_empty(0, dtype=torch.float16)
+    p.data = value.new_empty(0, dtype=torch.bfloat16 if p.dtype == torch.float16 else torch.float16)
     p.data = _joined(value, index, dim, extra)
+    torch.autograd.graph.increment_version(p)  # that loss can no longer be differentiated, and caches must notice
     zeros = None if extra is None else torch.zeros_like(extra)
     if grad is not None:
         p.grad = _joined(grad, index, dim, zeros)
@@ -101,21 +135,21 @@ def _change(
         for key, v in state.items():
             if torch.is_tensor(v) and v.shape == shape:
                 fill = zeros
-                if zeros is not None and key in SECOND_MOMENTS and len(index):
-                    fill = v.index_select(dim, index).mean(dim, keepdim=True).expand_as(zeros)
+                if zeros is not None and key in SECOND_MOMENTS:
+                    kept = v.index_select(dim, index) if len(index) else v
+                    fill = kept.mean(dim, keepdim=True).expand_as(zeros)
                 state[key] = _joined(v, index, dim, None if fill is None else fill.to(v))
 
 
 def rank_sizes(structure: Structure) -> Tensor:
-    """|B[:, j]| |A[j]| of every rank j, (R,): the Frobenius norm of its share of dW.
+    """The Frobenius norm of every rank's share of dW, (R,): |B[:, j]| |A[j]| where dW = B A.
 
     Raises:
         StructureError: not a product of two factors.
     """
     if not isinstance(structure, Factored):
         raise StructureError(f"{type(structure).__name__}: not a product of two thin factors")
-    B, A = structure.factors()
-    return B.detach().norm(dim=0) * A.detach().norm(dim=1)
+    return structure.rank_sizes().detach()
 
 
 def resize(
@@ -128,7 +162,7 @@ def resize(
 ) -> dict[str, int]:
     """Give layers other ranks, in place, between two steps; the rest of training goes on as it was.
 
-    A layer that shrinks keeps its largest ranks by |B[:, j]| |A[j]|, so dW changes by what it loses; one that grows
+    A layer that shrinks keeps its largest ranks (`rank_sizes`), so dW changes by what it loses; one that grows
     computes the same as before. The scale stays what it was: alpha / R of the rank at the start.
 
     Args:
@@ -142,7 +176,10 @@ def resize(
 
     Raises:
         TargetError: a layer that does not carry the adapter.
-        StructureError: a rank below 1, or a structure whose ranks cannot change. Nothing has been changed then.
+        AdapterNameError: no such adapter.
+        StructureError: a rank below 1, or a structure whose ranks cannot change or grow.
+        UninitializedError: a layer on the meta device.
+        SlimtuneError: a sharded layer, or something else than a torch optimizer. Nothing has been changed in each case.
 
     Example:
         >>> import slimtune as st
@@ -152,26 +189,24 @@ def resize(
         ({'0': 6}, 6)
     """
     require_adapter(model, name)
-    known = hosts(model, name)
+    optimizers, known = _several(optimizer), hosts(model, name)
+    plans = {}
     for layer, rank in ranks.items():
         if layer not in known:
             raise TargetError(f"resize: no layer {layer!r} carries adapter {name!r}; it has {', '.join(known)}")
         check_count(rank, f"resize: rank of {layer!r}")
-        if not known[layer].addition(name).structure.rank_dims:
-            kind = type(known[layer].addition(name).structure).__name__
-            raise StructureError(f"resize: {layer}: the ranks of {kind} cannot change")
-    changed = {}
-    for layer, rank in ranks.items():
         structure: Structure = known[layer].addition(name).structure
+        _check_resizable(structure, f"resize: {layer}")
         now = rank_sizes(structure)
         if rank == len(now):
             continue
         keep = sorted(now.argsort(descending=True, stable=True)[:rank].tolist())
         more = rank - len(now)
         new = structure.new_ranks(more, seeded(seed, layer, rank)) if more > 0 else None
-        change_ranks(structure, keep, new, _several(optimizer))
-        changed[layer] = rank
-    return changed
+        plans[layer] = (structure, keep, new)
+    for plan in plans.values():
+        change_ranks(*plan, optimizers)
+    return {layer: ranks[layer] for layer in plans}
 
 
 def compact(
@@ -185,25 +220,39 @@ def compact(
 
     Returns:
         The rank of every layer whose ranks can change.
+
+    Raises:
+        AdapterNameError: no such adapter.
+        UninitializedError: a layer on the meta device.
+        SlimtuneError: a sharded layer, or something else than a torch optimizer. Nothing has been changed in each case.
+
+    Example:
+        >>> import slimtune as st
+        >>> model = nn.Sequential(nn.Linear(8, 8)); _ = st.adapt(model, st.lora(rank=4))
+        >>> _ = nn.init.ones_(model[0].adapters["default"].structure.B[:, :3])
+        >>> st.compact(model)
+        {'0': 3}
     """
     require_adapter(model, name)
-    ranks = {}
+    optimizers, plans = _several(optimizer), {}
     for layer, host in hosts(model, name).items():
         structure: Structure = host.addition(name).structure
-        if not structure.rank_dims:
-            continue
-        keep = rank_sizes(structure).nonzero().flatten().tolist() or [0]
-        ranks[layer] = len(keep)
-        if structure.rank != len(keep):
-            change_ranks(structure, keep, None, _several(optimizer))
-    return ranks
+        if structure.rank_dims:
+            _check_resizable(structure, f"compact: {layer}")
+            sizes = rank_sizes(structure)
+            plans[layer] = (structure, sizes.nonzero().flatten().tolist() or [0], len(sizes))
+    for structure, keep, now in plans.values():
+        if len(keep) < now:
+            change_ranks(structure, keep, None, optimizers)
+    return {layer: len(keep) for layer, (_, keep, _) in plans.items()}
 
 
 def _several(
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
 ) -> Sequence[torch.optim.Optimizer]:
-    return (
-        [getattr(optimizer, "optimizer", optimizer)]  # type: ignore[list-item]
-        if not isinstance(optimizer, Sequence)
-        else [getattr(o, "optimizer", o) for o in optimizer]
-    )
+    several = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+    inner = [getattr(o, "optimizer", o) for o in several]  # an accelerate wrapper is looked through
+    for o in inner:
+        if not isinstance(o, torch.optim.Optimizer):
+            raise SlimtuneError(f"expected a torch optimizer or several, got {type(o).__name__}")
+    return list(dict.fromkeys(inner))

@@ -27,13 +27,24 @@ def literal_targets(model: nn.Module, names: list[str]) -> list[str] | str:
 
 
 def pattern_table(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """Entries that differ from the default; anchored where PEFT would take the name for a suffix of another."""
+    """Entries that differ from the default. PEFT takes a key for a regular expression of a name or of its end: it is
+    the plain name where that fits no layer of another value, else escaped and, if need be, anchored.
+
+    No two keys of different values fit one layer, so their order, in which PEFT looks, does not matter.
+    """
     pattern = {}
     for name, value in values.items():
         if value != default:
-            caught = {values[n] for n in suffix_hits(name, list(values))}
-            pattern[name if caught == {value} else f"^{name}"] = value
+            tail = name.rpartition(".")[2]
+            others = [n for n, v in values.items() if v != value and n.endswith(tail)]
+            escaped = re.escape(name)
+            keys = [name if re.fullmatch(r"[\w.-]+", name) else escaped, escaped]
+            pattern[next((k for k in keys if not any(_hit(k, n) for n in others)), f"^{escaped}")] = value
     return pattern
+
+
+def _hit(key: str, name: str) -> bool:
+    return re.match(rf"(.*\.)?({key})$", name) is not None
 
 
 def lookup(entries: Any, name: str, default: Any, where: str) -> Any:
@@ -50,10 +61,10 @@ def lookup(entries: Any, name: str, default: Any, where: str) -> Any:
 
 # literals, dots, `.*`, `\d+`, `[0-9]+` and one level of alternatives: enough for what PEFT users write, and no
 # nested repetition, so matching a name stays cheap
-_SAFE = re.compile(r"\^?(?:[\w-]|\\\.|\\d\+|\[0-9\]\+|\.\*|\.|\((?:[\w-]|\\\.)+(?:\|(?:[\w-]|\\\.)+)*\))*\$?", re.ASCII)
+_SAFE = re.compile(r"\^?(?:[\w-]|\\\W|\\d\+|\[0-9\]\+|\.\*|\.|\((?:[\w-]|\\\.)+(?:\|(?:[\w-]|\\\.)+)*\))*\$?", re.ASCII)
 
 
 def _fits(key: str, name: str, where: str) -> bool:
     if len(key) > 300 or not _SAFE.fullmatch(key) or key.count(".*") + key.count("+") > 4:
         raise FileFormatError(f"{where}: {key[:80]!r} is not a name or a simple pattern")
-    return re.match(rf"(.*\.)?({key})$", name) is not None
+    return _hit(key, name)
