@@ -1,7 +1,7 @@
 """Every public name, sorted; the package loads them from here when the first one is used."""
 
 # ruff: noqa: F403
-from . import compositions, controllers, errors, initialisers, io, models, ops, recipes, structures
+from . import allocate, calibrate, compositions, controllers, errors, initialisers, io, models, ops, recipes, structures
 from .app.convert import convert
 from .compositions import *
 from .controllers import *
@@ -58,6 +58,8 @@ __all__ = [
     "activate",
     "adapt",
     "adapter_names",
+    "allocate",
+    "calibrate",
     "compact",
     "convert",
     "disabled",

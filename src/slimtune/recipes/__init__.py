@@ -8,6 +8,7 @@ from .ard import ardlora
 from .blocks import bone, gralora
 from .bora import bora
 from .circulant import c3a, circulant, ldr, toeplitz
+from .gora import gora
 from .ldu import loldu
 from .lorapro import lorapro
 from .lowrank import dora, lora, rslora
@@ -23,6 +24,7 @@ __all__ = [
     "circulant",
     "dora",
     "elalora",
+    "gora",
     "gralora",
     "kronecker",
     "ldr",

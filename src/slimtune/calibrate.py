@@ -1,0 +1,740 @@
+"""Layer 4: what a model's data say about its layers before training: mean gradients and inputs, streamed.
+
+No weight gradient is kept: of a layer's mean gradient G = dL/dW, (O, I), only products with thin matrices are, each
+summed up from the layer's input x and the gradient delta of its output as the passes go by:
+G A^T = sum_t delta_t (A x_t)^T.
+
+Shapes: O out, I in, K kept directions, R rank, T rows of a batch.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .allocate import ALLOCATORS, ESTIMATES, MEASURES, check_allocation, with_ranks
+from .errors import ConfigError, DataError, DivergenceError, StructureError, TargetError
+from .initialisers import INITIALISERS, GradientStats, InputStats, Request, Stats
+from .layers import Host, extend, own_class, restore
+from .layouts import layout_of
+from .ranks import seeded
+from .recipe import Recipe
+from .structures import LowRank
+from .structures.base import check_count
+from .targets import own_modules, select, unwrapped
+from .verbs import build_adapter
+
+__all__ = ["fit", "gradients", "inputs"]
+
+Loss = Callable[[nn.Module, Any], Any]
+Progress = Callable[[int, int], None]
+Products = dict[str, dict[str, "_Product"]]
+
+
+# ---------------------------------------------------------------- products of G with thin matrices
+
+
+class _Product(ABC):
+    """One sum over all calls of a layer, linear in its mean gradient."""
+
+    total: Tensor | None = None
+    dtype: torch.dtype
+
+    @abstractmethod
+    def size(self, O: int, I: int) -> tuple[int, int]:
+        """Rows and columns of the sum."""
+
+    def keep(self, x: Tensor, host: Host) -> Tensor:
+        """What the backward pass will need of the input."""
+        return x
+
+    @abstractmethod
+    def of(self, kept: Tensor, delta: Tensor, host: Host) -> Tensor:
+        """The share of one call."""
+
+    def add(self, kept: Tensor, delta: Tensor, host: Host, weight: float) -> None:
+        if self.total is None:
+            self.start(host, delta.device)
+        self.total.add_(self.of(kept, delta, host), alpha=weight)  # type: ignore[union-attr]
+
+    def start(self, host: Host, device: torch.device) -> None:
+        self.total = torch.zeros(self.size(*host.layout.sizes(host)), dtype=self.dtype, device=device)
+
+
+def _rows(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t.reshape(-1, t.shape[-1]).to(dtype)
+
+
+def _factored(B: Tensor, A: Tensor) -> LowRank:
+    structure = LowRank(B.shape[0], A.shape[1], rank=A.shape[0], device="meta").eval()
+    structure.B, structure.A = nn.Parameter(B, requires_grad=False), nn.Parameter(A, requires_grad=False)
+    return structure
+
+
+def _vjp(host: Host, x: Tensor, delta: Tensor, B: Tensor, A: Tensor, wanted: str) -> Tensor:
+    """The gradient of a change dW = B A in one factor: G A^T in B, B^T G in A, whatever the kind of layer."""
+    structure = _factored(B, A)
+    p: Tensor = getattr(structure, wanted).requires_grad_(True)
+    with torch.enable_grad():
+        y = host.map().change(x.to(B.dtype) if x.is_floating_point() else x, structure)
+    return torch.autograd.grad(y, p, delta.to(y.dtype))[0]
+
+
+class _Left(_Product):
+    """G A^T, (O, K), for A (K, I)."""
+
+    def __init__(self, A: Tensor) -> None:
+        self.A, self.dtype = A, A.dtype
+
+    def size(self, O: int, I: int) -> tuple[int, int]:
+        return O, len(self.A)
+
+    def keep(self, x: Tensor, host: Host) -> Tensor:
+        self.A = self.A.to(x.device)
+        return F.linear(x.to(self.A.dtype), self.A) if host.map().is_matrix else x  # (*T, K): x itself can go
+
+    def of(self, kept: Tensor, delta: Tensor, host: Host) -> Tensor:
+        if host.map().is_matrix:
+            return _rows(delta, kept.dtype).t() @ kept.reshape(-1, kept.shape[-1])
+        O = host.layout.sizes(host)[0]
+        return _vjp(host, kept, delta, self.A.new_zeros(O, len(self.A)), self.A, "B")
+
+
+class _Right(_Product):
+    """Q^T G, (K, I), for Q (O, K); G itself for Q None."""
+
+    def __init__(self, Q: Tensor | None, dtype: torch.dtype) -> None:
+        self.Q, self.dtype = Q, dtype
+
+    def size(self, O: int, I: int) -> tuple[int, int]:
+        return (O if self.Q is None else self.Q.shape[1]), I
+
+    def of(self, kept: Tensor, delta: Tensor, host: Host) -> Tensor:
+        if self.Q is not None:
+            self.Q = self.Q.to(kept.device)
+        if host.map().is_matrix:
+            g = _rows(delta, self.dtype)
+            return (g if self.Q is None else g @ self.Q).t() @ _rows(kept, self.dtype)
+        O, I = host.layout.sizes(host)
+        Q = torch.eye(O, dtype=self.dtype, device=kept.device) if self.Q is None else self.Q
+        return _vjp(host, kept, delta, Q, Q.new_zeros(Q.shape[1], I), "A")
+
+
+class _Probed(_Product):
+    """(W * G) z for random signs z, one column per probe, (O, K): |W * G|_F^2 is the mean of their squared norms."""
+
+    def __init__(self, signs: Tensor) -> None:
+        self.signs, self.dtype = signs, signs.dtype  # (K, I)
+
+    def size(self, O: int, I: int) -> tuple[int, int]:
+        return O, len(self.signs)
+
+    def of(self, kept: Tensor, delta: Tensor, host: Host) -> Tensor:
+        map, dtype = host.map(), self.dtype
+        if not map.is_matrix:
+            raise ConfigError("importance 'union_frobenius_probes' is for linear layers; take 'union_frobenius'")
+        g, x = _rows(delta, dtype), kept.reshape(-1, kept.shape[-1])
+        bias = 0 if map.bias is None else map.bias
+        signs = self.signs.to(x)
+        return torch.stack([(g * (map(x * z) - bias).to(dtype)).sum(0) for z in signs], 1)
+
+
+class _Kept(torch.autograd.Function):
+    """A node that saves tensors and computes nothing, so that checkpointing and offloading see what is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, zero: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return zero.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # never called
+        raise NotImplementedError
+
+
+class _Tap:
+    """What listens to one layer."""
+
+    def __init__(self, host: Host, products: Sequence[_Product], run: _Run) -> None:
+        self.host, self.products, self.run, self.calls = host, products, run, 0
+
+    def forward(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
+        if not torch.is_grad_enabled():  # the first pass of a reentrant checkpoint
+            return None
+        x = (args[0] if args else kwargs["input"]).detach()
+        if not y.requires_grad:
+            y = y + self.run.zero(y)  # not a leaf: what follows may work in place
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            kept = [p.keep(x, self.host) for p in self.products]
+        node = _Kept.apply(self.run.zero(y), *kept).grad_fn
+        y.register_hook(lambda delta: self.backward(node, delta))
+        return y
+
+    @torch.no_grad()
+    def backward(self, node: Any, delta: Tensor) -> None:
+        self.calls += 1
+        with torch.autocast(delta.device.type, enabled=False):
+            for product, kept in zip(self.products, node.saved_tensors, strict=True):
+                product.add(kept, delta.detach(), self.host, self.run.weight)
+
+
+# ---------------------------------------------------------------- passes that leave no trace
+
+
+class _Run:
+    """Passes over batches of a model that is afterwards as it was."""
+
+    def __init__(self, model: nn.Module, layers: dict[str, Host], loss: Loss | None, seed: int) -> None:
+        self.model, self.layers, self.loss, self.seed = model, layers, loss or _own_loss, seed
+        self.weight = 1.0
+        self._zeros: dict[Any, Tensor] = {}
+
+    def zero(self, like: Tensor) -> Tensor:
+        """A 0 to add that makes a gradient flow where every weight is frozen."""
+        key = (like.device, like.dtype)
+        if key not in self._zeros:
+            self._zeros[key] = torch.zeros((), dtype=like.dtype, device=like.device, requires_grad=True)
+        return self._zeros[key]
+
+    def each(self, batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+        """(number, batch on the model's device), random numbers fixed by the number."""
+        device = next((t.device for t in self.model.parameters() if not t.is_meta), torch.device("cpu"))
+        for number, batch in enumerate(batches):
+            torch.manual_seed(self.seed + number)
+            yield number, _moved(batch, device)
+
+    def gradients(self, batches: Iterable[Any], products: Products, done: Callable[[], None]) -> int:
+        """Make every product's total the mean over the batches of all processes; the number of this one's."""
+        taps = {n: _Tap(self.layers[n], list(p.values()), self) for n, p in products.items() if p}
+        handles = [
+            self.layers[n].register_forward_hook(tap.forward, with_kwargs=True, prepend=True) for n, tap in taps.items()
+        ]
+        weights, number = 0.0, -1
+        try:
+            for number, batch in self.each(batches):
+                with torch.enable_grad():
+                    value = self.loss(self.model, batch)
+                value, self.weight = value if isinstance(value, tuple) else (value, 1.0)
+                _check_loss(value, number, list(taps))
+                self.weight = float(self.weight)
+                weights += self.weight
+                value.backward()
+                done()
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._finish(taps, weights)
+        return number + 1
+
+    def _finish(self, taps: dict[str, _Tap], weights: float) -> None:
+        reached = torch.tensor([float(tap.calls) for tap in taps.values()] + [weights], dtype=torch.float64)
+        reached = _summed(reached, self.layers)
+        weights = reached[-1].item()
+        if weights <= 0:
+            raise DataError("calibrate: no batches; expected at least one")
+        silent = [n for n, calls in zip(taps, reached[:-1].tolist(), strict=True) if not calls]
+        if silent:
+            warnings.warn(
+                f"calibrate: the loss does not reach {len(silent)} of {len(taps)} layers, whose gradient counts as 0: "
+                f"{', '.join(silent[:5])}{', ...' if len(silent) > 5 else ''}",
+                UserWarning,
+                stacklevel=5,
+            )
+        for layer, tap in taps.items():
+            host = self.layers[layer]
+            for product in tap.products:
+                if product.total is None:
+                    product.start(host, _home(host))
+                assert product.total is not None
+                product.total = _summed(product.total, self.layers).div_(weights)
+                if not product.total.isfinite().all():
+                    raise DivergenceError(f"calibrate: the gradient of {layer!r} is not finite")
+
+
+def _home(host: Host) -> torch.device:
+    return torch.device("cpu") if host.weight.is_meta else host.weight.device
+
+
+def _summed(t: Tensor, layers: Mapping[str, Host]) -> Tensor:
+    """The sum over all processes."""
+    dist = torch.distributed
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return t
+    device = t.device
+    if dist.get_backend() == "nccl" and device.type == "cpu":
+        t = t.to(next(iter(layers.values())).weight.device)
+    t = t.contiguous()
+    dist.all_reduce(t)
+    return t.to(device)
+
+
+def _check_loss(value: Any, number: int, layers: list[str]) -> None:
+    if not isinstance(value, Tensor) or value.dim():
+        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise DataError(f"calibrate: loss(model, batch) must return a 0-d tensor or (tensor, weight), got {got}")
+    if not value.requires_grad:
+        raise TargetError(f"calibrate: the loss depends on none of the {len(layers)} layers, such as {layers[0]!r}")
+    if not value.isfinite():
+        raise DivergenceError(f"calibrate: the loss of batch {number} is {value.item()}")
+
+
+def _own_loss(model: nn.Module, batch: Any) -> Tensor:
+    if not isinstance(batch, Mapping):
+        raise DataError(
+            f"calibrate: a batch is a {type(batch).__name__}; expected a mapping with labels, for model(**batch).loss. "
+            "Give loss=lambda model, batch: ..."
+        )
+    value = getattr(model(**batch), "loss", None)
+    if value is None:
+        raise DataError("calibrate: model(**batch) has no loss; put labels into the batches, or give loss")
+    return value
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _moved(value, device) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)) and type(batch) in (tuple, list):
+        return type(batch)(_moved(value, device) for value in batch)
+    return batch
+
+
+@contextmanager
+def _prepared(model: nn.Module, names: Sequence[str], loss: Loss | None, seed: int) -> Iterator[_Run]:
+    """Within: every parameter frozen, evaluation mode, the layers able to say what they compute."""
+    model = unwrapped(model)
+    own = own_modules(model)
+    trained = [(p, p.requires_grad) for p in model.parameters()]
+    modes = [(m, m.training) for m in model.modules()]
+    fresh = [own[n] for n in names if not isinstance(own[n], Host)]
+    device = next((p.device for p, _ in trained if p.device.type not in ("cpu", "meta")), None)
+    kind = device.type if device else "cuda"
+    several = sorted({p.device.index for p, _ in trained if device and p.device.type == kind})
+    with torch.random.fork_rng(several, device_type=kind):
+        try:
+            for p, _ in trained:
+                p.requires_grad_(False)
+            for m, training in modes:
+                # transformers checkpoints in training mode only; the layers inside are in evaluation mode all the same
+                m.training = training and getattr(m, "gradient_checkpointing", False) is True
+            layers = {n: extend(own[n], layout_of(own_class(own[n]))) for n in names}
+            yield _Run(model, layers, loss, seed)  # type: ignore[arg-type]
+        finally:
+            for module in fresh:
+                if isinstance(module, Host):
+                    restore(module)
+            for p, needed in trained:
+                p.requires_grad_(needed)
+            for m, training in modes:
+                m.training = training
+
+
+def _dtype(host: nn.Module) -> torch.dtype:
+    return torch.float64 if host.weight.dtype == torch.float64 else torch.float32
+
+
+def _length(batches: Iterable[Any]) -> int:
+    return len(batches) if isinstance(batches, Sized) else 0
+
+
+def _counter(progress: Progress | None, total: int) -> Callable[[], None]:
+    done = 0
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        if progress:
+            progress(done, total)
+
+    return count
+
+
+# ---------------------------------------------------------------- gradients
+
+
+def gradients(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Loss | None = None,
+    targets: str | Sequence[str] = "all-linear",
+    *,
+    exclude: str | Sequence[str] = (),
+    sketch: int = 0,
+    directions: int = 0,
+    power: int = 0,
+    importance: Sequence[str] = (),
+    probes: int = 16,
+    memory: int = 2**31,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, GradientStats]:
+    """Products of every layer's mean gradient G = (1/N) sum_t dL_t/dW, (O, I), with thin matrices.
+
+    GoRA, He et al. 2025, arXiv 2502.12171, section 3.2, but streamed: a layer's input is multiplied by A as it comes
+    by, and (O + I) K numbers are kept of it instead of O I. Sums are fp32 (fp64 on an fp64 base), whatever the base;
+    packed bases serve as well. The passes run in evaluation mode with all weights frozen and random numbers fixed by
+    `seed`, so that every pass sees the same gradients; afterwards weights, modes, hooks, `requires_grad` and random
+    numbers are as before. Active adapters stay active: the gradient is that of the weight a new adapter would meet.
+
+    Cost: a pass takes one forward pass and one backward pass for the inputs. Sketch and estimates need one pass,
+    directions two and 2 more per `power`, exact measures as many as layers in groups of `memory` bytes; they share
+    passes. With torch.distributed initialised each process gives its own batches, and sums are over all.
+
+    Args:
+        batches: whatever `loss` takes; kept in a list where more than one pass is needed. Tensors are moved to the
+            model's device.
+        loss: loss(model, batch) -> 0-d mean loss of the batch, or (loss, weight) to weigh batches of unequal sizes;
+            model(**batch).loss when None.
+        sketch: K of `sketch` = G A^T and `projection` = A, drawn from the layer's name and `seed`.
+        directions: K of `left` = Q = qr(G A^T) and `right` = Q^T G; at most min(O, I).
+        power: rounds of Q = qr(G qr(G^T Q)), for singular values that fall slowly.
+        importance: names in `allocate.MEASURES`, exact, "gradient_frobenius_sketch" (from at least 16 rows of A) or
+            "union_frobenius_probes" (from random signs; a forward product of the layer for each, linear layers only).
+        probes: how many random signs.
+        memory: bytes of full mean gradients kept at once for exact measures; one layer's at least.
+        progress: progress(batches done, batches of all passes), 0 for a number not known.
+
+    Returns:
+        {layer: statistics}, in the model's order.
+
+    Raises:
+        ConfigError: an unknown measure. StructureError: a count that is none.
+        TargetError: as `adapt`; the loss depends on none of the layers. A layer it does not reach is warned of.
+        DataError: no batches, or nothing to take a loss from.
+        DivergenceError: a loss or a layer's gradient that is not finite.
+
+    Example:
+        >>> import slimtune as st
+        >>> model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> batches = [torch.randn(8, 6) for _ in range(3)]
+        >>> stats = st.calibrate.gradients(model, batches, lambda m, x: m(x).square().mean(), ["0"], sketch=2)
+        >>> stats["0"].sketch.shape, stats["0"].batches
+        (torch.Size([4, 2]), 3)
+    """
+    for value, what in ((sketch, "sketch"), (directions, "directions"), (power, "power"), (memory, "memory")):
+        check_count(value, f"calibrate: {what}", 0)
+    check_count(probes, "calibrate: probes")
+    for measure in importance:
+        if measure not in MEASURES and measure not in ESTIMATES:
+            known = ", ".join([*MEASURES, *ESTIMATES])
+            raise ConfigError(f"calibrate: unknown importance {measure!r}; known: {known}")
+    if not (sketch or directions or importance):
+        raise ConfigError("calibrate: nothing is asked for; give sketch, directions or importance")
+    names = select(model, targets, exclude)
+    turns = 2 + 2 * power if directions else 0
+    with _prepared(model, names, loss, seed) as run:
+        groups = _groups(run.layers, memory) if set(importance) & set(MEASURES) else []
+        stages = max(1, len(groups), turns)
+        if stages > 1 and not isinstance(batches, (list, tuple)):
+            batches = list(batches)
+        done = _counter(progress, stages * _length(batches))
+        stats = {n: _nothing(host) for n, host in run.layers.items()}
+        for stage in range(stages):
+            products: Products = {n: {} for n in names}
+            for n, host in run.layers.items():
+                O, I = host.layout.sizes(host)
+                k, dtype, own = min(directions, O, I), _dtype(host), stats[n]
+                if stage == 0:
+                    rows = max(sketch, k, 16 if "gradient_frobenius_sketch" in importance else 0)
+                    if rows:
+                        products[n]["sketch"] = _Left(_projection(rows, I, seed, n).to(dtype))
+                    if "union_frobenius_probes" in importance:
+                        signs = torch.rand(probes, I, generator=seeded(seed, n, "signs")).sub_(0.5).sign_()
+                        products[n]["probes"] = _Probed(signs.to(dtype))
+                elif stage < turns and own.left is not None:
+                    if stage % 2:
+                        products[n]["right"] = _Right(own.left, dtype)
+                    else:
+                        products[n]["left"] = _Left(torch.linalg.qr(own.right.t())[0].t())  # type: ignore[union-attr]
+                if stage < len(groups) and n in groups[stage]:
+                    products[n]["whole"] = _Right(None, dtype)
+            count = run.gradients(batches, products, done)
+            for n, host in run.layers.items():
+                k = min(directions, *host.layout.sizes(host))
+                totals = {key: p.total for key, p in products[n].items() if p.total is not None}
+                span = totals.get("sketch", totals.get("left"))
+                if span is not None and k:
+                    stats[n].left = torch.linalg.qr(span[:, :k])[0]
+                if "right" in totals:
+                    stats[n].right = totals["right"]
+                if "sketch" in totals:
+                    A = products[n]["sketch"].A[:sketch]  # type: ignore[attr-defined]
+                    stats[n].sketch, stats[n].projection = totals["sketch"][:, :sketch].clone(), A.clone()
+                stats[n].importance |= _importance(host, totals, importance)
+                stats[n].batches = count
+    return stats
+
+
+def _nothing(host: Host) -> GradientStats:
+    O, I = host.layout.sizes(host)
+    empty = torch.zeros(0, dtype=_dtype(host), device=_home(host))
+    return GradientStats(empty.new_zeros(O, 0), empty.new_zeros(0, I))
+
+
+def _importance(host: Host, totals: Mapping[str, Tensor], wanted: Sequence[str]) -> dict[str, float]:
+    """What one pass's totals say of a layer's importance."""
+    found = {}
+    if "whole" in totals:
+        G = totals["whole"]
+        W = host.map().weight(G.dtype).detach().to(G.device)
+        found = {m: MEASURES[m](W, G).item() for m in wanted if m in MEASURES}
+    if "sketch" in totals and "gradient_frobenius_sketch" in wanted:
+        Y = totals["sketch"]  # E[a^2] = 1 / (3 I)
+        found["gradient_frobenius_sketch"] = (3 * host.layout.sizes(host)[1] * Y.square().sum(0).mean()).sqrt().item()
+    if "probes" in totals:
+        found["union_frobenius_probes"] = totals["probes"].square().sum(0).mean().sqrt().item()
+    return found
+
+
+def _projection(rows: int, I: int, seed: int, layer: str) -> Tensor:
+    """(K, I) of U(-1/sqrt(I), 1/sqrt(I)); fewer rows are the first of more."""
+    return (2 * torch.rand(rows, I, generator=seeded(seed, layer)) - 1) / math.sqrt(I)
+
+
+def _groups(layers: Mapping[str, Host], memory: int) -> list[list[str]]:
+    groups: list[list[str]] = []
+    left = 0
+    for n, host in layers.items():
+        size = math.prod(host.layout.sizes(host)) * _dtype(host).itemsize
+        if not groups or size > left:
+            groups.append([])
+            left = memory
+        groups[-1].append(n)
+        left -= size
+    return groups
+
+
+# ---------------------------------------------------------------- inputs
+
+
+def inputs(
+    model: nn.Module,
+    batches: Iterable[Any],
+    targets: str | Sequence[str] = "all-linear",
+    *,
+    exclude: str | Sequence[str] = (),
+    components: int,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, InputStats]:
+    """The leading right singular vectors of every layer's inputs X, (T, I), streamed: no gradient, one forward pass.
+
+    EVA, Paischer et al. 2024, arXiv 2410.07170, section 3.1: after each batch the rows seen so far are replaced by
+    2 K + 8 rows of the same leading directions (Ross et al. 2008, incremental SVD, without a mean), which is exact
+    while X has no higher rank. Rows that a batch's "attention_mask" marks as padding do not count. Layers that are
+    handed one and the same tensor are computed once. The model is left as it was, as by `gradients`.
+
+    Args:
+        components: K.
+        forward: forward(model, batch); model(**batch) for a mapping and model(batch) otherwise when None.
+        progress: progress(batches done, batches), 0 for a number not known.
+
+    Raises:
+        StructureError: components below 1.
+        TargetError: as `adapt`, or a layer that is neither a Linear nor a transformers Conv1D.
+        DataError: no batches, or a layer no input reaches.
+        DivergenceError: inputs that are not finite.
+
+    Example:
+        >>> import slimtune as st
+        >>> model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
+        >>> stats = st.calibrate.inputs(model, [torch.randn(8, 6) for _ in range(3)], ["0"], components=2)
+        >>> stats["0"].components.shape, stats["0"].rows
+        (torch.Size([2, 6]), 24)
+    """
+    check_count(components, "calibrate: components")
+    names = select(model, targets, exclude)
+    run_forward = forward or _own_forward
+    with _prepared(model, names, None, seed) as run:
+        for n, host in run.layers.items():
+            if not host.map().is_matrix:
+                raise TargetError(f"{n!r} ({own_class(host).__name__}): inputs are kept of linear layers only")
+        done = _counter(progress, _length(batches))
+        parts = {n: _Inputs(2 * components + 8) for n in names}
+        handles = [run.layers[n].register_forward_pre_hook(parts[n].see, with_kwargs=True) for n in names]
+        try:
+            for _, batch in run.each(batches):
+                for part in parts.values():
+                    part.mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+                with torch.no_grad():
+                    run_forward(run.model, batch)
+                    shared: dict[Any, _Inputs] = {}
+                    for part in parts.values():
+                        part.take(shared)
+                done()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {n: part.stats(n, components, run.layers) for n, part in parts.items()}
+
+
+class _Inputs:
+    """The leading directions of what one layer has been given."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.rows, self.total = size, 0, 0.0
+        self.mask: Tensor | None = None
+        self.waiting: list[Tensor] = []
+        self.values: Tensor | None = None
+        self.directions: Tensor | None = None
+        self.last: Any = None
+
+    def see(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.waiting.append((args[0] if args else kwargs["input"]).detach())
+
+    def take(self, shared: dict[Any, _Inputs]) -> None:
+        """Fold in what waits, unless a layer with the same past was given the same."""
+        if not self.waiting:
+            return
+        key = (self.last, tuple((t.data_ptr(), t._version, t.shape, t.stride()) for t in self.waiting))
+        twin = shared.setdefault(key, self)
+        if twin is not self:
+            self.__dict__.update(twin.__dict__)
+            return
+        X = torch.cat([self._counted(x) for x in self.waiting])
+        self.waiting, self.last = [], object()
+        self.rows += len(X)
+        self.total += float(X.square().sum())
+        if self.values is not None and self.directions is not None:
+            X = torch.cat([self.values[:, None] * self.directions, X])
+        self.values, self.directions = _leading(X, self.size)
+
+    def _counted(self, x: Tensor) -> Tensor:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        if self.mask is not None and (self.mask.shape == x.shape[:-1] or self.mask.numel() == len(rows)):
+            rows = rows[self.mask.reshape(-1).bool()]
+        return rows
+
+    def stats(self, layer: str, components: int, layers: Mapping[str, Host]) -> InputStats:
+        if self.values is None or self.directions is None:
+            raise DataError(f"calibrate: no input reaches {layer!r}; were there batches?")
+        if not math.isfinite(self.total):
+            raise DivergenceError(f"calibrate: the inputs of {layer!r} are not finite")
+        return InputStats(self.directions[:components].clone(), self.values[:components].clone(), self.total, self.rows)
+
+
+def _leading(X: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Singular values, and right singular vectors as rows."""
+    if 2 * size >= min(X.shape):
+        _, values, rows = torch.linalg.svd(X, full_matrices=False)
+    else:
+        _, values, columns = torch.svd_lowrank(X, q=size + size // 2, niter=2)
+        rows = columns.t()
+    return values[:size], rows[:size]
+
+
+def _own_forward(model: nn.Module, batch: Any) -> Any:
+    return model(**batch) if isinstance(batch, Mapping) else model(batch)
+
+
+# ---------------------------------------------------------------- what a recipe needs
+
+
+def fit(
+    recipe: Recipe,
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Loss | None = None,
+    targets: str | Sequence[str] = "all-linear",
+    *,
+    exclude: str | Sequence[str] = (),
+    memory: int = 2**31,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[Recipe, dict[str, Stats]]:
+    """Give a recipe the ranks its `allocation` finds in the data, and collect what its `init` starts from.
+
+    A recipe that names neither comes back as it is, and no pass is run. The ranks become `overrides` of the recipe by
+    the layers' full names, so a saved adapter knows them, and resuming needs no data. Allocation starts from the rank
+    the recipe gives each layer.
+
+    Args:
+        batches, loss, memory, seed, progress: of `gradients`, or of `inputs` for a recipe that starts from inputs.
+        targets, exclude: as given to `adapt` afterwards.
+
+    Returns:
+        The recipe, and {layer: statistics}: `st.adapt(model, recipe, targets, stats=stats)`.
+
+    Raises:
+        StructureError: an unknown initialiser or allocator, one that asks for both gradients and inputs, or a budget
+            that cannot be met. What `gradients` and `inputs` raise.
+
+    Example:
+        >>> import slimtune as st
+        >>> model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> batches = [torch.randn(8, 6) for _ in range(3)]
+        >>> recipe, stats = st.calibrate.fit(
+        ...     st.gora(rank=2, floor=1, ceiling=4), model, batches, lambda m, x: m(x).square().mean(), ["0", "2"]
+        ... )
+        >>> st.adapt(model, recipe, ["0", "2"], stats=stats)
+        ['0', '2']
+    """
+    check_allocation(recipe.allocation, recipe.name)
+    parts = [(INITIALISERS, n, o) for n, o in recipe.init.items()] + [
+        (ALLOCATORS, n, o) for n, o in recipe.allocation.items()
+    ]
+    for table, name, _ in parts:
+        if name not in table:
+            raise StructureError(f"{recipe.name}: unknown {name!r}; known: {', '.join(sorted(table))}")
+    names = select(model, targets, exclude)
+    own = own_modules(model)
+    ranks = {n: build_adapter(own[n], n, recipe.for_layer(n, own[n], model), "meta").structure.rank for n in names}
+    most = max(rank or 1 for rank in ranks.values())
+    for name, options in recipe.allocation.items():
+        most = ALLOCATORS[name].most(most, **options)
+    asked, kinds = Request(), set()
+    for table, name, options in parts:
+        entry = table[name]  # type: ignore[index]
+        if entry.needs:
+            kinds.add(entry.needs)
+        if entry.asks:
+            asked |= entry.asks(most, **options)
+    if len(kinds) > 1:
+        raise StructureError(f"{recipe.name}: starts from gradients and from inputs; one of them at a time")
+    stats: dict[str, Any] = {}
+    if GradientStats in kinds:
+        stats = gradients(
+            model,
+            batches,
+            loss,
+            targets,
+            exclude=exclude,
+            sketch=asked.sketch,
+            directions=asked.directions,
+            importance=asked.importance,
+            memory=memory,
+            seed=seed,
+            progress=progress,
+        )
+    elif InputStats in kinds:
+        k = max(asked.components, 1)
+        stats = inputs(
+            model, batches, targets, exclude=exclude, components=k, forward=loss, seed=seed, progress=progress
+        )
+    for name, options in recipe.allocation.items():
+        if any(rank is None for rank in ranks.values()):
+            raise StructureError(f"{recipe.name}: {name} allocates ranks, and {recipe.structure.__name__} has none")
+        chosen = ALLOCATORS[name].function(stats, ranks, **options)
+        recipe = with_ranks(recipe, _agreed(chosen), keep_scale=ALLOCATORS[name].keeps_scale)
+    return recipe, stats
+
+
+def _agreed(ranks: dict[str, int]) -> dict[str, int]:
+    """The first process's: sums over processes may differ in their last bit, and ranks must not."""
+    dist = torch.distributed
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        box = [ranks]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+    return ranks
