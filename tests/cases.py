@@ -34,7 +34,7 @@ class Method:
     parameters: Callable[[int, int], int] | None = None
     """The paper's count for (O, I)."""
     refuses: Mapping[str, str] = field(default_factory=dict)
-    """Layers of LAYERS that cannot carry it, with words of the refusal."""
+    """Layers of LAYERS that cannot carry it, with words of the refusal; also single layers of `Chain`."""
     rank_dropout: bool = False
     """The recipe takes `rank_dropout`."""
     exact: bool = True
@@ -110,6 +110,14 @@ METHODS = [
         kept=lambda t, o, i: t * i + thin_or_dense(t, o, i),
         outputs=1,
     ),
+    Method(
+        "gora",
+        lambda **o: st.gora(rank=3, alpha=4, floor=1, ceiling=6, **o),
+        lambda peft, **o: peft.LoraConfig(r=3, lora_alpha=4, use_rslora=True, **o),
+        lambda o, i: 3 * (o + i),
+        rank_dropout=True,
+        starts_as_base=False,
+    ),
     Method("loldu", lambda **o: st.loldu(rank=3, **o), parameters=lambda o, i: 3 + 1),
     Method(
         "loldu-published",
@@ -120,6 +128,19 @@ METHODS = [
     Method("singlora-signed", lambda **o: st.singlora(rank=2, form="signed", **o)),
     Method("singlora-centred", lambda **o: st.singlora(rank=2, form="centred", **o)),
     Method("singlora-core", lambda **o: st.singlora(rank=2, alpha=8, form="core", **o)),
+    Method(
+        "ardlora",
+        lambda **o: st.ardlora(rank=3, alpha=4, heads=1, **o),
+        parameters=lambda o, i: 3 * (o + i) + 1,
+        kept=lambda t, o, i: 2 * t * 3 + 6 * (o + i) * 3 + 8 * o,
+    ),
+    Method(  # halves of the outputs, or of the inputs where only they divide
+        "ardlora-heads",
+        lambda **o: st.ardlora(rank=2, alpha=4, heads=2, **o),
+        refuses=dict.fromkeys(("embedding", "embedding-padded"), "heads do not divide .* 1, 5 for 5 outputs or 1, 7")
+        | {"conv": "3 outputs and 9 inputs"},
+        kept=lambda t, o, i: 2 * t * 4 + 8 * (o + i) * 4 + 8 * o,
+    ),
     Method(
         "gralora",
         lambda **o: st.gralora(rank=4, alpha=4, **o),
@@ -297,7 +318,7 @@ class Chain(nn.Module):
     @classmethod
     def targets_of(cls, method: Method) -> list[str]:
         """The layers of this model that a method takes."""
-        return [t for t in cls.targets if cls.sources.get(t, "linear") not in method.refuses]
+        return [t for t in cls.targets if not {t, cls.sources.get(t, "linear")} & set(method.refuses)]
 
     @staticmethod
     def ids() -> Tensor:

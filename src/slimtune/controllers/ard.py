@@ -95,7 +95,7 @@ class ARD(Controller):
         by_cost: w_h is what a rank of the head costs over the mean of all gates; 1 otherwise.
         budget: the most parameters that A and B may have in the end, as a whole number or, as any other, as a multiple
             of those of R0 ranks everywhere. Then lambda is the start of a dual ascent,
-            lambda <- max(0, lambda + dual_rate (used / budget - 1)) after each step of phase 2, used = sum of
+            lambda <- max(0, lambda + dual_rate / N (used / budget - 1)) after each step of phase 2, used = sum of
             R0 alpha_h times cost, and phase 3 starts with the ranks of `fill_ranks`.
         dual_rate: of that ascent.
         masked: keep all shapes; the closed gates alone take ranks away, until `end`. None for so where several
@@ -137,7 +137,7 @@ class ARD(Controller):
         most: int | None = None,
         by_cost: bool = False,
         budget: float | None = None,
-        dual_rate: float = 0.05,
+        dual_rate: float = 10.0,
         masked: bool | None = None,
         adapter: str | None = None,
         seed: int = 0,
@@ -289,7 +289,8 @@ class ARD(Controller):
         torch._foreach_copy_([_local(a.detach()) for a in self._alphas], list(alpha.split(self._sizes)))
         if self.budget is not None:
             used = float((torch.cat([_whole(a.detach()) for a in self._alphas]) * self._costs).sum())
-            self.penalty = max(0.0, self.penalty + self.dual_rate * (used / self.budget - 1))
+            dual_rate = self.dual_rate / (self.stop - self.start)
+            self.penalty = max(0.0, self.penalty + dual_rate * (used / self.budget - 1))
 
     def _neighbours(self) -> tuple[Tensor, Tensor]:
         """Indices into `_flat` of each gate and of the same gate one layer up."""
