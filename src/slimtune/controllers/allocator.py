@@ -367,12 +367,16 @@ class Allocator(Controller, ABC):
         return sum(p.numel() for p, _ in _carriers(structure)) // _rank(structure)
 
     def _same_ranks(self, present: Mapping[str, int]) -> None:
-        for layer in dict.fromkeys([*self.sizes, *present]):
-            saved, here = self.sizes.get(layer), present.get(layer)
-            if saved != here:
+        if set(self.sizes) != set(present):
+            raise SlimtuneError(
+                f"{self._kind}: its state is of a run that adapts {', '.join(self.sizes)}, the model has "
+                f"{', '.join(present)}"
+            )
+        for layer, rank in present.items():
+            if self.sizes[layer] != rank:
                 raise SlimtuneError(
-                    f"{self._kind}: {layer}: its state is of a run with rank {saved} there, the model has {here}; "
-                    "load the adapter of the same checkpoint first"
+                    f"{self._kind}: {layer}: its state is of a run with rank {self.sizes[layer]} there, the model has "
+                    f"{rank}; load the adapter of the same checkpoint first"
                 )
         self.sizes = {layer: self.sizes[layer] for layer in present}  # in the model's order
 
