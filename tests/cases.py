@@ -207,12 +207,50 @@ METHODS = [
     Method(
         "adalora",
         lambda **o: st.adalora(rank=2, initial_rank=3, alpha=24, **o),
+        lambda peft, **o: peft.AdaLoraConfig(init_r=3, target_r=2, lora_alpha=24, total_step=10, **o),
         parameters=lambda o, i: 3 * (o + i + 1),
     ),
     Method(
         "c3a-published",
         lambda **o: replace(st.c3a(block=3, normalization="published", **o), alpha=8.0),
         parameters=lambda o, i: 3 * -(-o // 3) * -(-i // 3),
+    ),
+    Method(
+        "pissa",
+        lambda **o: st.pissa(rank=3, **o),
+        parameters=lambda o, i: 3 * (o + i),
+        rank_dropout=True,
+        kept=lambda t, o, i: 4 * t * 3 + 8 * (o + i) * 3 + 8 * o,
+    ),
+    Method(
+        "pissa-dora",
+        lambda **o: replace(st.pissa(rank=3, alpha=4, iterations=2, **o), composition=st.Magnitude),
+        parameters=lambda o, i: 3 * (o + i) + o,
+        rank_dropout=True,
+        exact=False,
+        kept=lambda t, o, i: 4 * t * 3 + 8 * (o + i) * 3 + 8 * o,
+        outputs=1,
+    ),
+    Method(
+        "olora",
+        lambda **o: st.olora(rank=3, alpha=4, **o),
+        parameters=lambda o, i: 3 * (o + i),
+        rank_dropout=True,
+        kept=lambda t, o, i: 4 * t * 3 + 8 * (o + i) * 3 + 8 * o,
+    ),
+    Method(
+        "loraga",
+        lambda **o: st.loraga(rank=3, alpha=4, **o),
+        parameters=lambda o, i: 3 * (o + i),
+        rank_dropout=True,
+        kept=lambda t, o, i: 4 * t * 3 + 8 * (o + i) * 3 + 8 * o,
+    ),
+    Method(
+        "eva",
+        lambda **o: st.eva(rank=3, alpha=4, **o),
+        lambda peft, **o: peft.LoraConfig(r=3, lora_alpha=4, **o),
+        lambda o, i: 3 * (o + i),
+        rank_dropout=True,
     ),
 ]
 

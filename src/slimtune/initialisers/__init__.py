@@ -2,6 +2,9 @@
 
 from .base import INITIALISERS, GradientStats, Initialiser, InputStats, Request, Stats, apply, check, initialiser
 from .gradients import gora
+from .inputs import eva
+from .loraga import loraga
+from .weights import olora, pissa
 
 __all__ = [
     "INITIALISERS",
@@ -12,6 +15,10 @@ __all__ = [
     "Stats",
     "apply",
     "check",
+    "eva",
     "gora",
     "initialiser",
+    "loraga",
+    "olora",
+    "pissa",
 ]

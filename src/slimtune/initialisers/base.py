@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,10 @@ __all__ = [
     "apply",
     "check",
     "initialiser",
+    "require_structure",
 ]
+
+Own = TypeVar("Own", bound=Structure)
 
 
 @dataclass
@@ -113,6 +116,17 @@ def initialiser(
         return function
 
     return register
+
+
+def require_structure(structure: Structure, kind: type[Own], where: str) -> Own:
+    """The structure itself, if it is of the kind that an initialiser fills.
+
+    Raises:
+        StructureError: it is of another kind.
+    """
+    if not isinstance(structure, kind):
+        raise StructureError(f"{where}: fills a {kind.__name__}, not a {type(structure).__name__}")
+    return structure
 
 
 def check(init: Mapping[str, Mapping[str, Any]], where: str) -> None:

@@ -9,6 +9,7 @@ from .blocks import bone, gralora
 from .bora import bora
 from .circulant import c3a, circulant, ldr, toeplitz
 from .gora import gora
+from .initialised import eva, loraga, olora, pissa
 from .ldu import loldu
 from .lorapro import lorapro
 from .lowrank import dora, lora, rslora
@@ -24,6 +25,7 @@ __all__ = [
     "circulant",
     "dora",
     "elalora",
+    "eva",
     "gora",
     "gralora",
     "kronecker",
@@ -33,7 +35,10 @@ __all__ = [
     "lokr",
     "loldu",
     "lora",
+    "loraga",
     "lorapro",
+    "olora",
+    "pissa",
     "rslora",
     "singlora",
     "toeplitz",
