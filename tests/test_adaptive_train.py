@@ -170,3 +170,55 @@ def test_shapes_stay_where_they_must(tmp_path, monkeypatch):
     told, asked, other = Shift(masked=False), Shift(), st.Ramp(steps=3)
     fix_shapes([told, asked, other])
     assert (told.masked, asked.masked) == (False, True) and not hasattr(other, "masked")
+
+
+METHODS = {  # steps before, at and after one of the rounds
+    "adalora": ({"rank": 2, "t_init": 2, "t_final": 3, "delta_t": 2}, [3, 4, 5]),
+    "elalora": ({"rank": 2, "warmup": 2, "final": 3, "interval": 2}, [3, 4, 12]),
+    "ardlora": ({"rank": 3, "penalty": 1.0, "warmup": 1, "interval": 2, "final": 2}, [1, 6, 7]),
+    "lorapro": ({"rank": 2}, [1, 8]),
+    "gora": ({"rank": 3, "floor": 1, "ceiling": 6}, [1, 8]),
+}
+MOVING = ("adalora", "elalora", "ardlora")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_resume_exactly(method, llama, text, tmp_path):
+    options, steps = METHODS[method]
+    cfg = text_config(llama, text, tmp_path / "run", method=method, method_options=options)
+    _, ranks = resumes(cfg, tmp_path, steps)
+    moved = [row["name"] for row in ranks if row["rank"] != row["start_rank"]]
+    assert bool(moved) == bool(events(tmp_path / "run", "ranks")) == (method in MOVING)
+
+
+def test_ranks_and_values_from_the_data(llama, text, tmp_path, monkeypatch):
+    """The data are looked at once, in an order that the seed fixes, and not again by a run that goes on."""
+    from slimtune import calibrate
+
+    options = {"method": "gora", "method_options": {"rank": 3, "floor": 1, "ceiling": 6}, "calibration_batches": 4}
+    straight, seen, fit = tmp_path / "run", [], calibrate.fit
+
+    def watched(recipe, model, batches, *rest, **named):
+        seen.append(batches)
+        return fit(recipe, model, batches, *rest, **named)
+
+    monkeypatch.setattr(calibrate, "fit", watched)
+    result = train(text_config(llama, text, straight, **options))
+    (told,) = events(straight, "calibration")
+    assert told["batches"] == result.metrics["calibration"]["batches"] == len(seen[0]) == 4 and told["examples"] == 12
+    ranks = {row["name"]: row["rank"] for row in json.loads((straight / "ranks.json").read_text())}
+    assert len(set(ranks.values())) > 1 and set(ranks.values()) <= set(range(1, 7))
+    train(text_config(llama, text, tmp_path / "again", **options))
+    same(straight, tmp_path / "again")
+    assert all(torch.equal(a[key], b[key]) for a, b in zip(*seen, strict=True) for key in a)
+    cut(straight, tmp_path / "cut", 5)
+    again = train(text_config(llama, text, tmp_path / "cut", **options))
+    assert len(seen) == 2 and again.metrics["calibration"] == result.metrics["calibration"]
+    same(straight, tmp_path / "cut")
+
+
+def test_batches_that_nothing_reads_are_refused(tmp_path):
+    with pytest.raises(st.ConfigError, match="calibration_batches: lora starts without looking at the data"):
+        train(image_config(tmp_path, calibration_batches=3))
+    with pytest.raises(ValueError, match="method head has no adapter that would read it"):
+        image_config(tmp_path, method="head", method_options={}, target_modules="all-linear", calibration_batches=3)

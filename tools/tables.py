@@ -26,7 +26,7 @@ def methods() -> str:
     rows = []
     for name, recipe in sorted(RECIPES.items()):
         formula, source, *_ = (" ".join(p.split()) for p in re.split(r"\n\s*\n", inspect.getdoc(recipe) or ""))
-        paper = re.split(r"(?<! al)(?<! eq)\. ", source)[0].rstrip(".")
+        paper = re.split(r"(?<! al)(?<! eq)(?<! eqs)\. ", source)[0].rstrip(".")
         paper = re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[\g<0>](https://arxiv.org/abs/\1)", paper)
         rows.append([f"`{name}`", formula.rstrip("."), paper])
     return markdown(["method", "effective weight", "source"], rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -64,6 +64,7 @@ def adapt(
     exclude: str | Sequence[str] = (),
     modules_to_save: str | Sequence[str] = (),
     stats: Mapping[str, Stats] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """Attach an adapter to a model in place; freeze everything else.
 
@@ -80,6 +81,8 @@ def adapt(
         modules_to_save: modules (names, suffixes, globs, or a regular expression) to train in full as a private
             copy that is saved with the adapter, such as a new classification head.
         stats: {layer: statistics of the data} for recipes that start from them, as `st.calibrate.fit` returns.
+        progress: progress(layers initialised, layers), for recipes that take long to start, such as by a decomposition
+            of every weight.
 
     Returns:
         The names of the adapted layers.
@@ -111,7 +114,7 @@ def adapt(
     trained = [p for p in model.parameters() if p.requires_grad]
     attach_adapters(model, built, name, saved)
     try:
-        initialize(model, name, stats)
+        initialize(model, name, stats, progress)
     except BaseException:
         remove(model, name)
         for p in trained:
@@ -195,7 +198,12 @@ def _copy_of(module: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, name: str = "default", stats: Mapping[str, Stats] | None = None) -> None:
+def initialize(
+    model: nn.Module,
+    name: str = "default",
+    stats: Mapping[str, Stats] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
     """Give an adapter its starting values: dW = 0, magnitudes read from the weights below it.
 
     `adapt` calls it. Call it yourself after loading weights into a model that was adapted on the meta device: an
@@ -206,7 +214,8 @@ def initialize(model: nn.Module, name: str = "default", stats: Mapping[str, Stat
     """
     require_adapter(model, name)
     awaited: set[str] = set()
-    for layer, host in hosts(model, name).items():
+    layers = hosts(model, name)
+    for number, (layer, host) in enumerate(layers.items(), 1):
         device = host.weight.device
         if device.type == "meta":
             continue
@@ -219,6 +228,8 @@ def initialize(model: nn.Module, name: str = "default", stats: Mapping[str, Stat
             raise StructureError(f"{layer}: {e}") from None
         awaited.update(adapter.recipe.controllers)
         adapter.awaited = awaited
+        if progress:
+            progress(number, len(layers))
     for module in saved_modules(model, name).values():
         new = module.addition(name)
         state = module.base_state()

@@ -101,7 +101,14 @@ class TrainConfig(BaseModel):
     budget: int | None = Field(
         None,
         ge=1,
-        description="Trainable adapter parameters to spend, e.g. 200k: the largest rank that fits is used.",
+        description="Trainable adapter parameters to spend, e.g. 200k: the largest rank that fits is used. For a "
+        "method that moves ranks while it trains, those it is left with if ranks end up even.",
+    )
+    calibration_batches: int = Field(
+        32,
+        ge=1,
+        description="Batches of training data that a method sees before it starts, where it starts from the data "
+        "(gora, loraga, eva).",
     )
     target_modules: str | list[str] = Field(
         "all-linear",

@@ -44,6 +44,7 @@ def measure(cfg: TrainConfig, trainer: SlimTrainer, task: Task) -> dict[str, Any
         "test": evaluate(trainer, task.test, "test") if task.test is not None else None,
         "best_step": kept if cfg.load_best_model_at_end else None,
         "steps": step,
+        "calibration": state.get("calibration") or None,
         "train_runtime": round(state.get("train_runtime", 0.0), 3),
         "seconds_per_step": state.get("step_seconds", 0.0) / max(step, 1),
         "peak_memory_bytes": _peak_memory(),

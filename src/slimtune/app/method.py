@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 import slimtune as st
+from slimtune.app.calibration import Fitted, meter, needs_data
 from slimtune.app.config import TrainConfig
 from slimtune.app.weights import inside
 from slimtune.errors import ConfigError
@@ -30,11 +31,13 @@ class Method:
         recipe: None for methods without an adapter.
         whole: names of the modules of which everything trains, running statistics included; "" is the model.
         learning_rate: the peak rate of everything that has no rate of its own.
+        calibration: what it took to look at the data first (seconds, batches, examples), if it was done.
     """
 
     recipe: st.Recipe | None
     whole: list[str]
     learning_rate: float
+    calibration: dict[str, Any] = field(default_factory=dict)
 
 
 def make_recipe(name: str, options: dict[str, Any]) -> st.Recipe:
@@ -51,11 +54,23 @@ def make_recipe(name: str, options: dict[str, Any]) -> st.Recipe:
         raise ConfigError(f"method_options: {name}: {reason}") from error
 
 
-def apply_method(cfg: TrainConfig, model: nn.Module, new_head: Sequence[str]) -> Method:
+def apply_method(
+    cfg: TrainConfig,
+    model: nn.Module,
+    new_head: Sequence[str],
+    *,
+    calibrate: Callable[[st.Recipe], Fitted] = Fitted,
+    fresh: bool = True,
+) -> Method:
     """Make the right parameters of `model` trainable, and no others, in place; an adapter is called "default".
 
+    Args:
+        calibrate: called for a recipe that starts from the data.
+        fresh: False where a checkpoint's adapter will take this one's place: ranks and values are then plain.
+
     Raises:
-        ConfigError: bad options, a budget below the smallest size, nothing to train.
+        ConfigError: bad options, a budget below the smallest size, nothing to train, calibration_batches for a method
+            that starts without the data.
         TargetError: targets or modules_to_save that match nothing.
     """
     head = list(new_head if cfg.modules_to_save is None else cfg.modules_to_save)
@@ -68,9 +83,24 @@ def apply_method(cfg: TrainConfig, model: nn.Module, new_head: Sequence[str]) ->
     if cfg.budget is not None:
         options["rank"] = fit_rank(cfg, model, cfg.budget)
     recipe = make_recipe(cfg.method, options)
-    st.adapt(model, recipe, cfg.target_modules, exclude=cfg.exclude_modules, modules_to_save=head)
+    if not needs_data(recipe) and cfg.calibration_batches != TrainConfig.model_fields["calibration_batches"].default:
+        raise ConfigError(f"calibration_batches: {cfg.method} starts without looking at the data; remove it")
+    if not fresh:
+        fitted = Fitted(replace(recipe, init={}, allocation={}))
+    else:
+        fitted = calibrate(recipe) if needs_data(recipe) else Fitted(recipe)
+    with meter("initialising") as progress:
+        st.adapt(
+            model,
+            fitted.recipe,
+            cfg.target_modules,
+            exclude=cfg.exclude_modules,
+            modules_to_save=head,
+            stats=fitted.stats,
+            progress=progress if recipe.init else None,
+        )
     whole = [f"{name}.adapters.default" for name in saved_modules(model, "default")]
-    return Method(recipe, whole, cfg.learning_rate or recipe.learning_rate)
+    return Method(recipe, whole, cfg.learning_rate or recipe.learning_rate, fitted.facts)
 
 
 def _train_only(model: nn.Module, head: list[str]) -> list[str]:

@@ -140,9 +140,11 @@ def _compatible(cfg: TrainConfig, beginning: Beginning) -> Beginning:
 
 def _same(cfg: TrainConfig, before: Mapping[str, Any], where: str) -> None:
     now = relevant(cfg)
-    differing = [key for key in now if key not in before or before[key] != now[key]]
+    fields = TrainConfig.model_fields  # a run of an earlier version has its default for a key it does not name
+    then = {key: before[key] if key in before else fields[key].get_default(call_default_factory=True) for key in now}
+    differing = [key for key in now if then[key] != now[key]]
     if differing:
-        lines = ", ".join(f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in differing)
+        lines = ", ".join(f"{key} was {then[key]!r}, is {now[key]!r}" for key in differing)
         raise ConfigError(
             f"cannot continue {where} with other settings: {lines}; put them back, choose another output_dir, or "
             "start afresh with resume_from_checkpoint=false, which discards the checkpoints there"

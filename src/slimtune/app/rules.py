@@ -38,7 +38,9 @@ def recipe_options() -> dict[str, tuple[str, ...]]:
     found = {}
     for source in sorted((Path(__file__).parent.parent / "recipes").glob("*.py")):
         for node in ast.parse(source.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.FunctionDef) and isinstance(node.returns, ast.Name) and node.returns.id == "Recipe":
+            if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
+                continue
+            if isinstance(node.returns, ast.Name) and node.returns.id == "Recipe":
                 found[node.name] = tuple(a.arg for a in (*node.args.args, *node.args.kwonlyargs))
     return dict(sorted(found.items()))
 
@@ -79,7 +81,14 @@ def conflicts(cfg: TrainConfig) -> Iterable[tuple[str, str]]:
         names = (*recipe_names(), *WHOLE_MODEL)
         yield "method", f"unknown method '{cfg.method}'{suggest(cfg.method, names)} (known: {', '.join(names)})"
     if cfg.method in WHOLE_MODEL:
-        for name in ("method_options", "budget", "target_modules", "exclude_modules", "b_ratio"):
+        for name in (
+            "method_options",
+            "budget",
+            "calibration_batches",
+            "target_modules",
+            "exclude_modules",
+            "b_ratio",
+        ):
             if given(name):
                 yield name, f"method {cfg.method} has no adapter that would read it"
     known = recipe_options().get(cfg.method)

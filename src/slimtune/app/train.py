@@ -58,6 +58,7 @@ def _train(cfg: TrainConfig, stop: StopRequest) -> RunResult:
     import torch
 
     from slimtune.app import finish, setup
+    from slimtune.app.calibration import calibrate
     from slimtune.app.method import apply_method, start_of
     from slimtune.app.tasks import build_task
 
@@ -69,7 +70,13 @@ def _train(cfg: TrainConfig, stop: StopRequest) -> RunResult:
     setup.seed(cfg.seed)
     task = build_task(cfg)
     setup.seed(cfg.seed)
-    method = apply_method(cfg, task.model, task.head)
+    method = apply_method(
+        cfg,
+        task.model,
+        task.head,
+        calibrate=lambda recipe: calibrate(cfg, task, recipe, arguments.device),
+        fresh=beginning.path is None,
+    )
     steps = setup.plan_steps(cfg, arguments, len(task.train))
     setup.check_space(run, task.model)
     trainer = setup.trainer(cfg, task, method, arguments, events, stop)
@@ -83,7 +90,8 @@ def _train(cfg: TrainConfig, stop: StopRequest) -> RunResult:
         if main:
             print(f"damaged checkpoint skipped: {path}: {reason}", file=sys.stderr)
     start = start_of(task.model, method)  # of a continued run: what it was at first
-    trainer.run_state = {"start": start, **beginning.state, "config": resume.relevant(cfg), **here}
+    first = {"start": start, "calibration": method.calibration}
+    trainer.run_state = {**first, **beginning.state, "config": resume.relevant(cfg), **here}
     facts = {
         "method": cfg.method,
         "learning_rate": method.learning_rate,
@@ -98,6 +106,8 @@ def _train(cfg: TrainConfig, stop: StopRequest) -> RunResult:
             print(f"continuing from {beginning.path}", file=sys.stderr)
     else:
         events.write("start", 0, **facts)
+        if method.calibration:
+            events.write("calibration", 0, **method.calibration)
     try:
         return _fit(cfg, task, method, trainer, beginning, facts)
     except DivergenceError as error:
