@@ -23,6 +23,7 @@ ROWS = {m.id: m for m in METHODS}
 
 CHAIN = {
     "LORA": ("embed", "up", "down", "hf", "conv"),
+    "ADALORA": ("up", "down", "hf", "conv"),
     "C3A": ("up", "down"),
     "GRALORA": ("up", "down", "hf"),
     "MISS": ("up", "down"),
@@ -33,6 +34,7 @@ CHAIN = {
 
 OWN_PATTERNS = {
     "LORA": {"up": {"rank": 5}, "conv": {"rank": 2}, "down": {"alpha": 9}, "embed": {"alpha": 1}},
+    "ADALORA": {"up": {"rank": 5}, "conv": {"rank": 2}, "down": {"alpha": 9}},
     "C3A": {"up": {"block": 4}},
     "LOHA": {"up": {"rank": 1}, "down": {"alpha": 9}, "conv": {"rank": 3}},
     "LOKR": {"up": {"rank": 3}, "down": {"alpha": 9}},
@@ -85,6 +87,8 @@ def strictly(base, folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message="fan_in_fan_out")
+        # it looks for LoRA's rank_pattern in AdaLoRA's
+        warnings.filterwarnings("ignore", message=r"The following rank_pattern keys did not match .*\.lora_E'")
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         return peft.PeftModel.from_pretrained(base, str(folder)).eval()
 
@@ -159,6 +163,9 @@ TAKEN = {
     "LORA": [
         *("linear", "linear-flat", "linear-vector", "conv1d-hf", "conv2d", "conv2d-strided", "conv1d"),
         *("embedding", "embedding-padded"),
+    ],
+    "ADALORA": [
+        *("linear", "linear-flat", "linear-vector", "conv1d-hf", "conv2d", "conv2d-strided", "conv2d-dilated"),
     ],
     "GRALORA": ["linear", "linear-flat", "linear-vector", "conv1d-hf"],
     "MISS": ["linear", "linear-flat", "linear-vector"],
@@ -394,6 +401,7 @@ def test_dropout_that_peft_lacks(recipe, tmp_path):
         (st.Recipe(st.Kronecker, {"rank": 2, "left": [12, 1]}), "chooses the shapes"),
         (st.Recipe(st.Kronecker, {"left": [3, 2]}), "has no rank"),
         (st.singlora(rank=2), "no such adapter"),
+        (replace(st.adalora(rank=2), composition=st.Magnitude), "no such adapter"),
         (replace(st.loha(2), composition=st.Magnitude), "no such adapter"),
     ],
     ids=lambda r: r.name if isinstance(r, st.Recipe) else "-".join(r.split()[:6]),
@@ -508,6 +516,108 @@ def test_settings_that_act_in_training_only_are_told(tmp_path):
     torch.testing.assert_close(base(x), theirs(x), rtol=1e-6, atol=1e-6)
 
 
+def allocated(model, target, steps=12):
+    """PEFT's AdaLoRA trained by its own loop, pruned to `target` ranks on average."""
+    config = peft.AdaLoraConfig(
+        init_r=5, target_r=target, lora_alpha=7, tinit=2, tfinal=3, deltaT=2, total_step=steps, target_modules=[".*"]
+    )
+    config.target_modules = ".*(up|down|hf|conv)"
+    theirs = quietly(peft.get_peft_model, model, config)
+    optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=0.1)
+    for number in range(steps):
+        theirs(Chain.ids()).square().sum().backward()
+        optimizer.step()
+        theirs.base_model.update_and_allocate(number + 1)
+        optimizer.zero_grad()
+    return theirs.eval()
+
+
+@pytest.mark.parametrize("target", [1, 3])
+def test_adalora_that_peft_has_allocated(target, tmp_path):
+    """Ranks of their own, none at all in some layers; the scale is that of the start."""
+    torch.manual_seed(0)
+    base = Chain().eval()
+    theirs = allocated(copy.deepcopy(base), target)
+    theirs.save_pretrained(tmp_path / "theirs")
+    pattern = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())["rank_pattern"]
+    ranks = {key.removesuffix(".lora_E"): sum(kept) for key, kept in pattern.items()}
+    assert sum(ranks.values()) == 4 * target and len(set(ranks.values())) > 1
+    assert (target == 1) == (0 in ranks.values())
+    again, ids = copy.deepcopy(base), Chain.ids()
+    st.load(base, tmp_path / "theirs")
+    assert {row.name: row.rank for row in st.summary(base).rows} == {n: max(r, 1) for n, r in ranks.items()}
+    with torch.no_grad():
+        torch.testing.assert_close(base(ids), theirs(ids), rtol=1e-6, atol=1e-6)
+        st.save(base, tmp_path / "ours")
+        assert written_as(tmp_path / "ours") == "ADALORA"
+        torch.testing.assert_close(strictly(again, tmp_path / "ours")(ids), theirs(ids), rtol=1e-6, atol=1e-6)
+    config = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert (config["init_r"], config["lora_alpha"]) == (5, 7)
+
+
+@pytest.mark.parametrize("alpha", [24, 0.1, 5.3])
+def test_adalora_with_ranks_of_their_own_goes_to_peft(alpha, tmp_path):
+    """Masked, compacted, or beyond the rank at the start: PEFT computes the same, its scale's 1e-5 included."""
+    torch.manual_seed(0)
+    base = Chain(torch.float64).eval()
+    model = copy.deepcopy(base)
+    st.adapt(model, st.adalora(rank=3, initial_rank=3, alpha=alpha), CHAIN["ADALORA"])
+    shake(model)
+    ids = Chain.ids()
+    with torch.no_grad():
+        model.up.adapters["default"].structure.core[1] = 0
+        model.hf.adapters["default"].structure.core[:2] = 0
+    folder = tmp_path / "0"
+
+    def compare(expected):
+        st.save(model, folder)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        ranks = dict.fromkeys(CHAIN["ADALORA"], config["init_r"])
+        ranks |= {n.removesuffix(".lora_E"): sum(kept) for n, kept in (config["rank_pattern"] or {}).items()}
+        assert (config["peft_type"], config["init_r"], ranks) == ("ADALORA", *expected)
+        with torch.no_grad():
+            theirs = strictly(copy.deepcopy(base), folder)
+            torch.testing.assert_close(theirs(ids), model(ids), rtol=1e-12, atol=1e-12)
+            own = copy.deepcopy(base)
+            st.load(own, folder)
+            assert torch.equal(own(ids), model(ids))
+
+    even = dict.fromkeys(CHAIN["ADALORA"], 3)
+    compare((3, even))
+    st.compact(model)
+    compare((3, even | {"up": 2, "hf": 1}))
+    st.resize(model, {"up": 4, "down": 7})
+    shake(model)
+    compare((7, even | {"up": 4, "hf": 1, "down": 7}))
+
+
+def test_scales_that_differ_go_into_the_core(tmp_path):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).eval()
+    for number, changes in enumerate(
+        ({"0": {"alpha": 3}}, {"0": {"rank": 5}}, {"0": {"alpha": -2}, "1": {"alpha": -2}})
+    ):
+        model = copy.deepcopy(base)
+        st.adapt(model, replace(st.adalora(rank=2), overrides=changes), ["0", "1"])
+        shake(model)
+        st.save(model, tmp_path / "own")
+        assert written_as(tmp_path / "own") == "SLIMTUNE"
+        st.export_peft(model, tmp_path / str(number))
+        x = torch.randn(3, 6)
+        theirs = strictly(copy.deepcopy(base), tmp_path / str(number))
+        torch.testing.assert_close(theirs(x), model(x), rtol=1e-6, atol=1e-6)
+
+
+def test_a_layer_called_default_keeps_our_format_once_ranks_differ(tmp_path):
+    """PEFT takes the word in a key of rank_pattern for the adapter's name and cuts off too much."""
+    torch.manual_seed(0)
+    base = nn.ModuleDict({"default_up": nn.Linear(6, 6), "down": nn.Linear(6, 6)})
+    st.adapt(base, st.adalora(rank=2), ["default_up", "down"])
+    assert not refusal_of(base, tmp_path / "even")
+    st.resize(base, {"down": 1})
+    assert "takes 'default' in 'default_up'" in refusal_of(base, tmp_path / "uneven")
+
+
 UP = "base_model.model.up."
 
 
@@ -520,6 +630,22 @@ UP = "base_model.model.up."
         ("c3a", lambda c, t: t.update({f"{UP}c3a_kernel": torch.zeros(1, 1, 0)}), "block must be"),
         ("c3a", lambda c, t: c.update(bias="c3a_only"), "bias = 'c3a_only'"),
         ("c3a", lambda c, t: c.update(alpha=3), "alpha = 3 changes the adapter"),
+        ("adalora", lambda c, t: c.update(init_r=4), "up comes with 3 ranks, but init_r = 4"),
+        ("adalora", lambda c, t: c.update(init_r=True), "init_r of up must be a whole number"),
+        ("adalora", lambda c, t: c.update(lora_alpha="x"), "alpha of up must be a number"),
+        ("adalora", lambda c, t: c.update(lora_dropout=2), "dropout must be"),
+        ("adalora", lambda c, t: c.update(use_dora=True), "use_dora = True changes the adapter"),
+        ("adalora", lambda c, t: c.update(layer_replication=[[0, 1]]), "layer_replication"),
+        ("adalora", lambda c, t: c.update(rank_pattern=[1]), "rank_pattern must be a table"),
+        ("adalora", lambda c, t: c.update(rank_pattern={"up.lora_E": [True, False, True]}), "leaves it 2"),
+        ("adalora", lambda c, t: c.update(rank_pattern={"up.lora_E": [True] * 4}), "must be 3 times true or false"),
+        ("adalora", lambda c, t: c.update(rank_pattern={"up.lora_E": 3}), "must be 3 times true or false"),
+        ("adalora", lambda c, t: c.update(rank_pattern={"up.lora_E": [1, 1, 1]}), "must be 3 times true or false"),
+        ("adalora", lambda c, t: t.pop(f"{UP}lora_A"), "up must come with a lora_A of 2 dimensions"),
+        ("adalora", lambda c, t: t.pop(f"{UP}lora_E"), "up.structure.core"),
+        ("adalora", lambda c, t: t.update({f"{UP}lora_E": torch.zeros(1, 3)}), r"core has shape \(1, 3\)"),
+        ("adalora", lambda c, t: t.update({f"{UP}lora_E": torch.zeros(2, 1)}), r"core has shape \(2,\)"),
+        ("adalora", lambda c, t: t.update({f"{UP}lora_B": torch.zeros(12, 2)}), r"B has shape \(12, 2\)"),
         ("gralora", lambda c, t: c.update(gralora_k=3), "blocks must divide"),
         ("gralora", lambda c, t: c.update(gralora_k=0), "gralora_k of .* must be at least 1"),
         ("gralora", lambda c, t: c.update(r=10**9), "shape"),

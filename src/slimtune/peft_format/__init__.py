@@ -35,7 +35,7 @@ def encode(
 def import_peft(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> list[str]:
     """Attach an adapter that PEFT wrote. The same as `load`, which recognises PEFT's folders by itself.
 
-    Read are LoRA (rsLoRA, DoRA), C3A, GraLoRA, MiSS (its default form, "mini" and "bat"), LoHa, LoKr, and
+    Read are LoRA (rsLoRA, DoRA), AdaLoRA, C3A, GraLoRA, MiSS (its default form, "mini" and "bat"), LoHa, LoKr, and
     Bone, which PEFT itself has dropped. The adapter
     computes what PEFT's does, but for two mistakes of PEFT: C3A's gradient in the layer's input, and several active
     C3A adapters, which it chains.
@@ -60,6 +60,8 @@ def export_peft(
     """
 
     def for_peft(description: io.Description, tensors: dict[str, Tensor]) -> tuple[io.Description, dict[str, Tensor]]:
+        if encode(io.unwrapped(model), description, tensors, base) is not None:
+            return description, tensors
         try:
             changed = frame.convert(description, tensors)
             frame.encode(io.unwrapped(model), *changed, base)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import io
 from ..errors import FileFormatError, StructureError
 from ..io import PREFIX, Description
+from .adalora import AdaloraCodec
 from .c3a import C3ACodec
 from .codec import Codec, Fields, Layer, Unfit
 from .gralora import GraloraCodec
@@ -23,6 +24,7 @@ __all__ = ["CODECS", "convert", "decode", "decode_tensors", "encode"]
 
 CODECS: tuple[Codec, ...] = (
     LoraCodec(),
+    AdaloraCodec(),
     C3ACodec(),
     GraloraCodec(),
     MissCodec(),
