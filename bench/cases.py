@@ -160,7 +160,13 @@ CASES: dict[str, Case] = {
         lambda st: st.singlora(rank=16),
         None,
         {"step": {"fp32": 1.08, "bf16": 1.09}, "saved": {"fp32": 158, "bf16": 89}},
-        "One factor of rank 16; with its scale at 0, which costs the same.",
+        "One factor of rank 16.",
+    ),
+    "adalora": Case(
+        lambda st: st.adalora(rank=11, initial_rank=16, alpha=32),
+        None,
+        {"step": {"fp32": 1.10, "bf16": 1.12}},
+        "Rank 16, before the first pruning; with the controllers' share of the step.",
     ),
 }
 

@@ -85,7 +85,9 @@ def peak_bytes(column: Column, device: str) -> dict[str, int]:
 
 def _full_step(column: Column) -> None:
     column.forward().backward()
+    column.before_update()
     column.update()
+    column.after_update()
     column.clear()
 
 

@@ -29,6 +29,9 @@ class Size:
     tokens: int = 256
 
 
+RUN_STEPS = 1000
+"""Of the run that controllers are made for; only its first steps are measured."""
+
 SIZES = {
     "tiny": Size(hidden=64, layers=2, heads=4, mlp=192, vocab=100, batch=2, tokens=16),
     "cpu": Size(),
@@ -72,6 +75,7 @@ class Column:
         self.name, self.model, self.ids = name, model, ids
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4) if self.trained else None
+        self.controllers: list[Any] = []
 
     def forward(self) -> Tensor:
         """The mean next-token loss."""
@@ -80,10 +84,20 @@ class Column:
             embeddings.requires_grad_()
         return self.model(inputs_embeds=embeddings, labels=self.ids).loss
 
+    def before_update(self) -> None:
+        """What the method's controllers do to the gradients."""
+        for controller in self.controllers:
+            controller.before_step(self.model)
+
     def update(self) -> None:
         """One AdamW step; nothing in the limit."""
         if self.optimizer is not None:
             self.optimizer.step()
+
+    def after_update(self) -> None:
+        """What they do after it."""
+        for controller in self.controllers:
+            controller.after_step(self.model)
 
     def clear(self) -> None:
         """Drop the gradients, outside the timed part."""
@@ -117,4 +131,11 @@ def build(column: str, method: str, size: Size, dtype: str = "fp32", device: str
     """The model of `size` with `method` attached as `column` does it, and its batch."""
     model = llama(size, DTYPES[dtype], device)
     attach(column, method, model)
-    return Column(column, model, token_ids(size, device))
+    made = Column(column, model, token_ids(size, device))
+    if column == "ours":
+        import slimtune as st
+
+        made.controllers = st.controllers_of(CASES[method].ours(st), RUN_STEPS)
+        for controller in made.controllers:
+            st.attach(controller, model, made.optimizer).remove()  # ready, but called by hand, to be timed
+    return made

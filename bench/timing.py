@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 Sample = dict[str, float]
-"""Seconds: forward, backward, step (their sum), optimizer, wall (real time of all)."""
+"""Seconds: forward, backward, controllers, step (their sum), optimizer, wall (real time of all)."""
 
 
 def keep_freed_memory() -> bool:
@@ -82,15 +82,20 @@ def step(column: Column, clock: CpuClock | CudaClock) -> Sample:
     marks.append(clock.mark())
     loss.backward()
     marks.append(clock.mark())
+    column.before_update()
+    marks.append(clock.mark())
     column.update()
     marks.append(clock.mark())
-    forward, backward, optimizer = (clock.between(a, b) for a, b in itertools.pairwise(marks))
+    column.after_update()
+    marks.append(clock.mark())
+    forward, backward, before, optimizer, after = (clock.between(a, b) for a, b in itertools.pairwise(marks))
     wall = time.perf_counter() - start_wall
     column.clear()
     return {
         "forward": forward,
         "backward": backward,
-        "step": forward + backward,
+        "controllers": before + after,
+        "step": forward + backward + before + after,
         "optimizer": optimizer,
         "wall": wall,
     }

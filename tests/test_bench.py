@@ -30,8 +30,10 @@ class Square(nn.Module):
     def forward(self):
         return ((self.x * 1.0) ** 2).sum()
 
-    def update(self):
+    def before_update(self):
         pass
+
+    update = after_update = before_update
 
     def clear(self):
         self.x.grad = None
