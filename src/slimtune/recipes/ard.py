@@ -29,6 +29,7 @@ def ardlora(
     warmup: float = 0.1,
     final: float = 0.2,
     interval: int | None = None,
+    slack: int = 2,
     least: int = 1,
     most: int | None = None,
     by_cost: bool = False,
@@ -57,6 +58,7 @@ def ardlora(
         warmup: steps or share of steps with alpha at rest.
         final: likewise, at the end.
         interval: steps between two changes of ranks.
+        slack: closed ranks held for a gate to open.
         least: ranks a head keeps.
         most: ranks a head may have; 2 R0 when None.
         by_cost: weigh the l1 by what a rank costs.
@@ -77,6 +79,7 @@ def ardlora(
         "warmup": warmup,
         "final": final,
         "interval": interval,
+        "slack": slack,
         "least": least,
         "most": most,
         "by_cost": by_cost,
