@@ -47,7 +47,15 @@ def test_every_public_name_is_in_the_reference() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/quickstart.md", "docs/concepts.md", "docs/methods.md", "docs/huggingface.md"]
+    "page",
+    [
+        "README.md",
+        "docs/quickstart.md",
+        "docs/concepts.md",
+        "docs/methods.md",
+        "docs/adaptive.md",
+        "docs/huggingface.md",
+    ],
 )
 def test_python_blocks_run(page: str, tmp_path: Path) -> None:
     """The Python blocks of a page, in order, as one script in an empty folder."""
