@@ -226,7 +226,9 @@ def eva(
     total = sum(reference.values())
     for n in layers:
         if floor > min(reference[n], top[n]):
-            raise StructureError(f"eva: floor {floor} is above {n!r}'s rank {reference[n]}, or what its inputs have")
+            raise StructureError(
+                f"eva: floor {floor} is above the rank of {n!r}, {reference[n]}, or what its inputs have"
+            )
     if sum(top.values()) < total:
         raise StructureError(
             f"eva: {total} ranks to share out, the inputs have {sum(top.values())} components; calibrate more of them"
@@ -255,8 +257,8 @@ def budget(
     """Ranks for any recipe whose option `rank` sets its size, of at most so many parameters in all.
 
     Sizes are counted on the recipe itself, on the meta device. All layers start at the floor; then the one with the
-    least R_i / w_i is raised to the next rank its structure takes, as long as one can be paid: equal weights w_i give
-    equal ranks up to one step, others ranks in proportion. What is left over is less than any layer's next step.
+    least (R_i + 1/2) / w_i is raised to the next rank its structure takes, as long as one can be paid: equal weights
+    w_i give equal ranks up to one step, others ranks in proportion (Sainte-Lague). What is left over is less than any layer's next step.
 
     Args:
         parameters: the budget of the adapter alone.
@@ -317,15 +319,15 @@ def budget(
     least = sum(size(n, r) or 0 for n, r in low.items())
     if least > parameters:
         raise ConfigError(
-            f"budget: {recipe.name} on {len(layers)} layers costs at least {least:,} parameters at rank {floor}, "
-            f"the budget is {parameters:,}; choose fewer targets"
+            f"budget: {recipe.name} on {len(layers)} layers costs at least {least:,} parameters, "
+            f"the budget is {parameters:,}; lower the floor or choose fewer targets"
         )
 
     def step(n: str, rank: int) -> tuple[int, int] | None:
         new = above(n, rank)
         return None if new is None else (new, (size(n, new) or 0) - (size(n, rank) or 0))
 
-    return _fill(low, parameters - least, step, lambda n, r: r / weights[n] if weights[n] else math.inf)
+    return _fill(low, parameters - least, step, lambda n, r: (r + 0.5) / weights[n] if weights[n] else math.inf)
 
 
 def _rank_of(recipe: Recipe) -> int:

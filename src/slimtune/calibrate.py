@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .allocate import ALLOCATORS, ESTIMATES, MEASURES, check_allocation, with_ranks
+from .allocate import ALLOCATORS, ESTIMATES, MEASURES, Allocator, check_allocation, with_ranks
 from .errors import ConfigError, DataError, DivergenceError, StructureError, TargetError
-from .initialisers import INITIALISERS, GradientStats, InputStats, Request, Stats
+from .initialisers import INITIALISERS, GradientStats, Initialiser, InputStats, Request, Stats, check
 from .layers import Host, extend, own_class, restore
 from .layouts import layout_of
 from .ranks import seeded
@@ -560,7 +560,7 @@ def inputs(
             if not host.map().is_matrix:
                 raise TargetError(f"{n!r} ({own_class(host).__name__}): inputs are kept of linear layers only")
         done = _counter(progress, _length(batches))
-        parts = {n: _Inputs(2 * components + 8) for n in names}
+        parts = {n: _Inputs(n, 2 * components + 8) for n in names}
         handles = [run.layers[n].register_forward_pre_hook(parts[n].see, with_kwargs=True) for n in names]
         try:
             for _, batch in run.each(batches):
@@ -575,14 +575,14 @@ def inputs(
         finally:
             for handle in handles:
                 handle.remove()
-        return {n: part.stats(n, components, run.layers) for n, part in parts.items()}
+        return {n: part.stats(components) for n, part in parts.items()}
 
 
 class _Inputs:
     """The leading directions of what one layer has been given."""
 
-    def __init__(self, size: int) -> None:
-        self.size, self.rows, self.total = size, 0, 0.0
+    def __init__(self, layer: str, size: int) -> None:
+        self.layer, self.size, self.rows, self.total = layer, size, 0, 0.0
         self.mask: Tensor | None = None
         self.waiting: list[Tensor] = []
         self.values: Tensor | None = None
@@ -599,12 +599,14 @@ class _Inputs:
         key = (self.last, tuple((t.data_ptr(), t._version, t.shape, t.stride()) for t in self.waiting))
         twin = shared.setdefault(key, self)
         if twin is not self:
-            self.__dict__.update(twin.__dict__)
+            self.__dict__.update(twin.__dict__, layer=self.layer)
             return
         X = torch.cat([self._counted(x) for x in self.waiting])
         self.waiting, self.last = [], object()
         self.rows += len(X)
         self.total += float(X.square().sum())
+        if not math.isfinite(self.total):
+            raise DivergenceError(f"calibrate: the inputs of {self.layer!r} are not finite")
         if self.values is not None and self.directions is not None:
             X = torch.cat([self.values[:, None] * self.directions, X])
         self.values, self.directions = _leading(X, self.size)
@@ -616,11 +618,9 @@ class _Inputs:
             rows = rows[self.mask.reshape(-1).bool()]
         return rows
 
-    def stats(self, layer: str, components: int, layers: Mapping[str, Host]) -> InputStats:
+    def stats(self, components: int) -> InputStats:
         if self.values is None or self.directions is None:
-            raise DataError(f"calibrate: no input reaches {layer!r}; were there batches?")
-        if not math.isfinite(self.total):
-            raise DivergenceError(f"calibrate: the inputs of {layer!r} are not finite")
+            raise DataError(f"calibrate: no input reaches {self.layer!r}; were there batches?")
         return InputStats(self.directions[:components].clone(), self.values[:components].clone(), self.total, self.rows)
 
 
@@ -680,13 +680,11 @@ def fit(
         >>> st.adapt(model, recipe, ["0", "2"], stats=stats)
         ['0', '2']
     """
+    check(recipe.init, recipe.name)
     check_allocation(recipe.allocation, recipe.name)
-    parts = [(INITIALISERS, n, o) for n, o in recipe.init.items()] + [
-        (ALLOCATORS, n, o) for n, o in recipe.allocation.items()
-    ]
-    for table, name, _ in parts:
-        if name not in table:
-            raise StructureError(f"{recipe.name}: unknown {name!r}; known: {', '.join(sorted(table))}")
+    parts: list[tuple[Initialiser | Allocator, Mapping[str, Any]]]
+    parts = [*((INITIALISERS[n], o) for n, o in recipe.init.items())]
+    parts += [*((ALLOCATORS[n], o) for n, o in recipe.allocation.items())]
     names = select(model, targets, exclude)
     own = own_modules(model)
     ranks = {n: build_adapter(own[n], n, recipe.for_layer(n, own[n], model), "meta").structure.rank for n in names}
@@ -694,8 +692,7 @@ def fit(
     for name, options in recipe.allocation.items():
         most = ALLOCATORS[name].most(most, **options)
     asked, kinds = Request(), set()
-    for table, name, options in parts:
-        entry = table[name]  # type: ignore[index]
+    for entry, options in parts:
         if entry.needs:
             kinds.add(entry.needs)
         if entry.asks:
@@ -712,6 +709,7 @@ def fit(
             exclude=exclude,
             sketch=asked.sketch,
             directions=asked.directions,
+            power=asked.power,
             importance=asked.importance,
             memory=memory,
             seed=seed,
