@@ -165,7 +165,7 @@ def test_the_best_weights_are_kept_at_their_ranks(shifting, tmp_path, monkeypatc
 
 def test_shapes_stay_where_they_must(tmp_path, monkeypatch):
     """Under torch.compile a controller that was not told how is told to mask; one that was is left alone."""
-    from slimtune.app.setup import fix_shapes
+    from slimtune.hf.trainer import fix_shapes
 
     told, asked, other = Shift(masked=False), Shift(), st.Ramp(steps=3)
     fix_shapes([told, asked, other])

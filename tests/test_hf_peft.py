@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import slimtune as st
-from cases import DORA, LORA, Chain, methods, shake, tiny_llama
+from cases import DORA, LORA, Chain, adapt, made_up, methods, shake, tiny_llama
 
 peft = pytest.importorskip("peft")
 
 from slimtune.hf import ControllerCallback, SlimtuneConfig  # noqa: E402
+from slimtune.targets import hosts  # noqa: E402
 
 
 class Permuted(st.Factored):
@@ -80,6 +81,7 @@ def wrapped(recipe, targets=Chain.targets, **fields):
     """A PEFT model of a Chain, moved away from its start."""
     base = chain()
     torch.manual_seed(1)
+    fields["stats"] = made_up(base, recipe, targets)
     config = SlimtuneConfig(recipe=recipe, target_modules=list(targets), modules_to_save=["classifier"], **fields)
     model = peft.get_peft_model(copy.deepcopy(base), config).eval()
     move(model)
@@ -112,7 +114,7 @@ def same(a, b):
 def test_is_what_adapt_makes(method):
     base, theirs = wrapped(method.recipe(), Chain.targets_of(method))
     torch.manual_seed(1)
-    st.adapt(base, method.recipe(), Chain.targets_of(method), modules_to_save=["classifier"])
+    adapt(base, method.recipe(), Chain.targets_of(method), modules_to_save=["classifier"])
     move(base)
     y, z = base.eval()(IDS), theirs(IDS)
     assert torch.equal(y, z)
@@ -386,7 +388,8 @@ def test_transformers_loads_every_method(method, tmp_path):
         pytest.skip(method.refuses["linear"])
     base, ids = tiny_llama(), torch.randint(0, 31, (2, 5))
     model = copy.deepcopy(base)
-    model.add_adapter(SlimtuneConfig(recipe=method.recipe(), target_modules=["q_proj", "down_proj"]))
+    recipe, targets = method.recipe(), ["q_proj", "down_proj"]
+    model.add_adapter(SlimtuneConfig(recipe=recipe, target_modules=targets, stats=made_up(base, recipe, targets)))
     move(model)
     model.save_pretrained(tmp_path)
     info = base.load_adapter(tmp_path)
@@ -457,7 +460,7 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
-def finetune(recipe, folder, steps, resume=None, callbacks=()):
+def finetune(recipe, folder, steps, resume=None, callbacks=(), **arguments):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -475,11 +478,14 @@ def finetune(recipe, folder, steps, resume=None, callbacks=()):
         bf16=False,
         report_to=[],
         disable_tqdm=True,
+        **arguments,
     )
+    rows = Dataset.from_dict({"text": ["abcdefgh", "hgfedcba", "xyzabc", "aabbccdd"] * 3})
     trainer = SFTTrainer(
         tiny_llama(),
         args=args,
-        train_dataset=Dataset.from_dict({"text": ["abcdefgh", "hgfedcba", "xyzabc", "aabbccdd"] * 3}),
+        train_dataset=rows,
+        eval_dataset=rows.select(range(4)) if arguments else None,
         processing_class=tokenizer(),
         peft_config=SlimtuneConfig(recipe=dataclasses.replace(recipe, overrides={}, dropout=0.1)),
         callbacks=list(callbacks),
@@ -520,6 +526,141 @@ def test_trl_runs_and_resumes_controllers(tmp_path):
     finetune(recipe, tmp_path / "bare", 2)
     with pytest.raises(st.SlimtuneError, match="holds the state of 0 controllers, the recipe names 1"):
         finetune(recipe, tmp_path / "bare", 4, str(tmp_path / "bare" / "checkpoint-2"), [ControllerCallback()])
+
+
+class Trade(st.Controller):
+    """Every other step the layers get ranks by statistics kept beside Adam's moments; the last rank is masked."""
+
+    def __init__(self):
+        self.done, self.ranks = 0, {}
+
+    def begin(self, model, optimizer):
+        self._optimizer = optimizer
+        self._layers = {name: host.adapters["default"].structure for name, host in hosts(model).items()}
+        present = {name: structure.rank for name, structure in self._layers.items()}
+        assert self.ranks in ({}, present)
+
+    @torch.no_grad()
+    def after_step(self, model):
+        self.done += 1
+        scores = {}
+        for name, structure in self._layers.items():
+            state = self._optimizer.state[structure.B]
+            new = (structure.B * structure.B.grad).abs()
+            state["trade_mean"] = state.get("trade_mean", torch.zeros_like(new)).mul(0.8).add(new)
+            scores[name] = float(state["trade_mean"].mean())
+            structure.B[:, -1] = 0
+        if self.done % 2:
+            order = sorted(scores, key=scores.get)
+            ranks = {name: 2 + (place + self.done) % 4 for place, name in enumerate(order)}
+            st.resize(model, ranks, self._optimizer, seed=self.done)
+        self.ranks = {name: structure.rank for name, structure in self._layers.items()}
+
+    def note(self):
+        return {"ranks": dict(self.ranks)} if self.done % 2 else None
+
+    def end(self, model):
+        st.compact(model, self._optimizer)
+
+
+MOVING = {
+    "trade": lambda: dataclasses.replace(st.lora(rank=3), controllers={"Trade": {}}),
+    "adalora": lambda: st.adalora(rank=2, t_init=1, t_final=2, delta_t=1),
+    "elalora": lambda: st.elalora(rank=2, warmup=1, final=2, interval=1),
+    "ardlora": lambda: st.ardlora(rank=3, penalty=4.0, warmup=1, interval=1, final=1),
+}
+
+
+def ranks_of(model):
+    return {row.name: row.rank for row in st.summary(model).rows}
+
+
+@pytest.mark.parametrize("make", MOVING.values(), ids=MOVING)
+def test_ranks_that_change_under_a_trainer(make, tmp_path):
+    """The checkpoint's ranks are others than the recipe's: the run goes on from it to the same bits."""
+    pytest.importorskip("trl")
+    straight = finetune(make(), tmp_path / "straight", 6, callbacks=[ControllerCallback()])
+    logged = [e for e in straight.state.log_history if "ranks" in e]
+    assert logged and len({tuple(e["ranks"].values()) for e in logged}) > 1
+    for step in (2, 4):
+        folder = tmp_path / "straight" / f"checkpoint-{step}"
+        resumed = finetune(make(), tmp_path / str(step), 6, resume=str(folder), callbacks=[ControllerCallback()])
+        assert ranks_of(resumed.model) == ranks_of(straight.model)
+        state, other = straight.model.state_dict(), resumed.model.state_dict()
+        assert state.keys() == other.keys() and all(torch.equal(state[k], other[k]) for k in state)
+        assert [e for e in resumed.state.log_history if "ranks" in e] == logged
+    base, ids = tiny_llama(), torch.randint(3, 29, (2, 6))
+    y = straight.model.eval()(ids).logits
+    straight.model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter").eval()(ids).logits, y)
+    st.load(base, tmp_path / "adapter")
+    assert torch.equal(base.eval()(ids).logits, y)
+    assert ranks_of(base) == ranks_of(straight.model)
+
+
+@pytest.mark.parametrize("name", ["trade", "adalora"])
+def test_the_best_checkpoint_is_tidied_up_at_its_own_ranks(name, tmp_path):
+    pytest.importorskip("trl")
+    make = MOVING[name]
+    options = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "greater_is_better": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", message=".*(use_reentrant|pin_memory|os.fork)")
+        trained = finetune(
+            make(), tmp_path, 6, callbacks=[ControllerCallback()], metric_for_best_model="loss", **options
+        )
+    best = trained.state.best_model_checkpoint
+    assert not best.endswith("-6")  # the worst loss: the first
+    base, ids = tiny_llama(), torch.randint(3, 29, (2, 6))
+    st.load(base, best)
+    same(trained.model.eval()(ids).logits, base.eval()(ids).logits)
+    if name == "trade":
+        assert {n: r - 1 for n, r in ranks_of(base).items()} == ranks_of(trained.model)
+
+
+def test_a_file_of_other_ranks_is_read_only_where_it_is_whole(tmp_path):
+    """A model from the recipe takes a file's ranks; one that the folder describes takes no other than described."""
+    config = SlimtuneConfig(recipe=st.lora(rank=3), target_modules=["up", "hf"])
+    model = peft.get_peft_model(chain(), config)
+    move(model)
+    st.resize(model, {"up": 5, "hf": 1})
+    move(model)
+    model.save_pretrained(tmp_path)
+    fresh = peft.get_peft_model(chain(), SlimtuneConfig(recipe=st.lora(rank=3), target_modules=["up", "hf"])).eval()
+    parameters = [p for _, p in st.trainable_parameters(fresh)]
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    broken = tensors | {KEY + "A": tensors[KEY + "A"][:4].clone()}
+    with pytest.raises(st.FileFormatError, match=r"up.* has shape \(\d, \d+\), expected"):
+        peft.set_peft_model_state_dict(fresh, broken)
+    assert ranks_of(fresh) == {"up": 3, "hf": 3}
+    peft.set_peft_model_state_dict(fresh, tensors)
+    assert ranks_of(fresh) == {"up": 5, "hf": 1}
+    assert torch.equal(fresh(IDS), model.eval()(IDS))
+    assert all(p is q for p, (_, q) in zip(parameters, st.trainable_parameters(fresh), strict=True))
+    described = peft.PeftModel.from_pretrained(chain(), tmp_path)
+    whole = {k: t[:2] if k.endswith("up.adapters.structure.A") else t for k, t in tensors.items()}
+    whole = {k: t[:, :2] if k.endswith("up.adapters.structure.B") else t for k, t in whole.items()}
+    with pytest.raises(st.FileFormatError, match=r"up.* has shape"):
+        peft.set_peft_model_state_dict(described, whole)
+
+
+def test_a_start_from_the_data(tmp_path):
+    """Statistics reach the layers and no file; without them the layer is named; a file needs none."""
+    base, recipe = chain(), st.gora(rank=2, floor=1)
+    targets, batches = ["up", "hf"], [IDS, IDS.flip(0)]
+    recipe, stats = st.calibrate.fit(recipe, base, batches, lambda m, x: m(x).square().mean(), targets)
+    config = SlimtuneConfig(recipe=recipe, target_modules=targets, stats=stats)
+    torch.manual_seed(1)
+    model = peft.get_peft_model(copy.deepcopy(base), config)
+    torch.manual_seed(1)
+    ours = copy.deepcopy(base)
+    st.adapt(ours, recipe, targets, stats=stats)
+    assert torch.equal(model(IDS), ours(IDS)) and not torch.equal(model(IDS), base(IDS))
+    model.save_pretrained(tmp_path)
+    assert "stats" not in json.loads((tmp_path / "adapter_config.json").read_text())
+    assert torch.equal(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)(IDS), model(IDS))
+    with pytest.raises(st.StructureError, match=r"(up|hf): gora starts from the data: calibrate first"):
+        peft.get_peft_model(base, SlimtuneConfig(recipe=recipe, target_modules=targets))
 
 
 # ---------------------------------------------------------------- refusals

@@ -6,7 +6,6 @@ import dataclasses
 import math
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,9 @@ from slimtune.app.method import Method, make_groups
 from slimtune.app.signals import StopRequest
 from slimtune.app.tasks import Task
 from slimtune.app.trainer import SlimTrainer
-from slimtune.controllers import Controller, controllers_of
+from slimtune.controllers import controllers_of
 from slimtune.errors import ConfigError, SlimtuneError
+from slimtune.hf.trainer import fix_shapes
 
 
 def arguments(cfg: TrainConfig) -> TrainingArguments:
@@ -141,13 +141,6 @@ def trainer(
     built.add_callback(follow)
     built.make_groups(task.model)  # raises now, not at the first step
     return built
-
-
-def fix_shapes(controllers: Sequence[Controller]) -> None:
-    """Let controllers that change ranks, and have not been told how, mask them: graphs and buckets hold shapes."""
-    for controller in controllers:
-        if getattr(controller, "masked", False) is None:
-            controller.masked = True  # type: ignore[attr-defined]
 
 
 def check_folder(run: Path) -> None:

@@ -22,12 +22,15 @@ from torch import Tensor, nn
 
 from ..compositions import LinearMap
 from ..errors import SlimtuneError, StructureError, TargetError
+from ..initialisers import Stats
 from ..io import MARK, PREFIX, Description, LayerEntry, check_tensors, describe
 from ..layers import Adapted, Extended, extend, own_class, restore
 from ..layouts import layout_of
 from ..merging import check_mergeable
+from ..ranks import change_ranks
 from ..recipe import Recipe
-from ..targets import check_name
+from ..structures import Structure
+from ..targets import check_name, hosts
 from ..verbs import build_adapter
 
 __all__ = ["SlimtuneConfig", "SlimtuneLayer", "SlimtuneModel"]
@@ -60,6 +63,9 @@ class SlimtuneConfig(peft.PeftConfig):
     without PEFT. To serve elsewhere, load it with slimtune and write what every loader knows (`slimtune.export_peft`
     where PEFT has the method), or merge.
 
+    A checkpoint of a run whose controllers changed ranks loads into a model built from the same recipe: layers are
+    given the ranks of the file. A model that is built from the folder itself has them already.
+
     Not supported: `get_peft_model(mixed=True)`, `adapter_names=` in a forward, `target_parameters`, hot-swapping,
     and PEFT's conversion to LoRA. Several active adapters are stacked in the order in which they are named:
     with W1 = adapter1(W), the layer computes adapter2(W1); for additive recipes this is PEFT's sum.
@@ -72,6 +78,8 @@ class SlimtuneConfig(peft.PeftConfig):
         modules_to_save: suffixes of modules to train in full and save with the adapter.
         trainable_token_indices: rows of an embedding to train, as in `peft.LoraConfig`. `slimtune.load` does not
             read them.
+        stats: {layer: statistics of the data} for a recipe that starts from them, as `slimtune.calibrate.fit` on the
+            model before PEFT takes it returns. No file holds them.
         slimtune: what a file holds in place of `recipe`: recipe, sizes and scale of every layer.
 
     Raises:
@@ -93,6 +101,7 @@ class SlimtuneConfig(peft.PeftConfig):
     exclude_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    stats: Mapping[str, Stats] | None = field(default=None, repr=False, compare=False)
     slimtune: InitVar[Mapping[str, Any] | None] = None
     layers: dict[str, LayerEntry] = field(init=False, repr=False, default_factory=dict)
     """From a file: what each layer carries."""
@@ -112,7 +121,7 @@ class SlimtuneConfig(peft.PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data; the recipe is part of `slimtune`."""
-        names = [f.name for f in fields(self) if f.name not in ("recipe", "layers", "saved")]
+        names = [f.name for f in fields(self) if f.name not in ("recipe", "stats", "layers", "saved")]
         description = self.saved or Description(self.recipe, self.layers, list(self.modules_to_save or ()))
         return {n: getattr(self, n) for n in names} | {"slimtune": description.to_dict()}
 
@@ -292,14 +301,20 @@ class SlimtuneModel(BaseTuner):
             raise TargetError(f"{current_key!r}: PEFT would take a module whose path holds {MARK!r} for an adapter")
         saved = peft_config.layers.get(current_key)
         recipe = saved.recipe if saved else peft_config.recipe.for_layer(current_key, target, self.model)
-        adapter = build_adapter(target, current_key, recipe)
+        # what comes from a file needs no start, for which the data are not at hand
+        adapter = build_adapter(target, current_key, replace(recipe, init={}) if saved else recipe)
         self.awaited |= set(recipe.controllers)
         adapter.awaited = self.awaited
         layer = target if isinstance(target, SlimtuneLayer) else _adopt(target, current_key)
         if layer.merged:
             layer.unmerge()
         if not any(p.is_meta for p in adapter.parameters()):
-            adapter.initialize(layer.map(below=adapter_name))
+            stats = peft_config.stats or {}
+            try:
+                adapter.initialize(layer.map(below=adapter_name), stats.get(current_key))
+            except StructureError as error:
+                raise StructureError(f"{current_key}: {error}") from None
+        adapter.recipe = recipe
         if saved:
             # transformers does not load by load_state_dict, whose hook `_adopt` sets
             layer.register_forward_pre_hook(_prepare)
@@ -355,8 +370,47 @@ class SlimtuneModel(BaseTuner):
         own = {k: t for k, t in model.state_dict().items() if _own_key(k, adapter_name)}
         names = {str(_own_key(k, adapter_name)).removeprefix(PREFIX): k for k in own}
         found = {k.removeprefix(PREFIX): t for k, t in state_dict.items() if f".{MARK}." in k}
-        check_tensors({n: tuple(own[k].shape) for n, k in names.items()}, found, f"adapter {adapter_name!r}")
+        shapes = {n: tuple(own[k].shape) for n, k in names.items()}
+        wanted: dict[str, tuple[Structure, int]] = {}
+        if not config.layers:  # sizes that a file does not tell are those of the run's start
+            base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+            wanted = _other_ranks(base, adapter_name, shapes, found)
+        check_tensors(shapes, found, f"adapter {adapter_name!r}")
+        for structure, rank in wanted.values():
+            _set_rank(structure, rank)
         return {names.get(k.removeprefix(PREFIX), k): t for k, t in state_dict.items()}
+
+
+def _other_ranks(
+    model: nn.Module, name: str, shapes: dict[str, tuple[int, ...]], found: Mapping[str, Tensor]
+) -> dict[str, tuple[Structure, int]]:
+    """{layer: its structure and the rank it has in a file} where that is not its own; `shapes` becomes the file's."""
+    wanted = {}
+    for layer, host in hosts(model, name).items():
+        structure: Structure = host.addition(name).structure
+        keys = {f"{layer}.{MARK}.structure.{own}": dim for own, dim in structure.rank_dims.items()}
+        keys = {key: dim for key, dim in keys.items() if key in shapes}
+        sizes = {found[k].shape[dim] for k, dim in keys.items() if k in found and dim < found[k].dim()}
+        if len(sizes) != 1 or all(shapes[k][dim] in sizes for k, dim in keys.items()):
+            continue
+        (rank,) = sizes
+        if rank:
+            wanted[layer] = structure, rank
+            for key, dim in keys.items():
+                shapes[key] = (*shapes[key][:dim], rank, *shapes[key][dim + 1 :])
+    return wanted
+
+
+def _set_rank(structure: Structure, rank: int) -> None:
+    """Make room for so many ranks, whose values are about to come."""
+    own = {name: getattr(structure, name) for name in structure.rank_dims}
+    now = min(t.shape[structure.rank_dims[name]] for name, t in own.items())
+    new = {}
+    for name, dim in structure.rank_dims.items():
+        shape = list(own[name].shape)
+        shape[dim] = max(rank - now, 0)
+        new[name] = own[name].new_zeros(shape)
+    change_ranks(structure, range(min(rank, now)), new if rank > now else None)
 
 
 def _adopt(target: nn.Module, name: str) -> SlimtuneLayer:
