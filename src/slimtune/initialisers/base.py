@@ -73,6 +73,8 @@ class Request:
     """K of `GradientStats.sketch`."""
     directions: int = 0
     """K of `GradientStats.left` and `right`; costs a second pass over the batches."""
+    power: int = 0
+    """Rounds of power iteration for them; two more passes each."""
     importance: tuple[str, ...] = ()
     """Measures wanted in `GradientStats.importance`."""
     components: int = 0
@@ -83,6 +85,7 @@ class Request:
         return Request(
             max(self.sketch, other.sketch),
             max(self.directions, other.directions),
+            max(self.power, other.power),
             tuple(dict.fromkeys(self.importance + other.importance)),
             max(self.components, other.components),
         )

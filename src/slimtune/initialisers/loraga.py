@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import StructureError
 from ..ops import truncated_svd
 from ..structures import CentredLowRank, Structure
+from ..structures.base import check_count
 from .base import GradientStats, Request, initialiser, require_structure
 
 __all__ = ["loraga"]
@@ -28,7 +29,11 @@ DIRECTIONS: dict[str, Callable[[int], tuple[slice, slice]]] = {
 SIZES = ("stable", "gd_scale", "unit", "weight_svd")
 
 
-@initialiser(needs=GradientStats, asks=lambda rank, **_: Request(directions=2 * rank))
+def _asks(rank: int, power: int = 1, **options: object) -> Request:
+    return Request(directions=4 * rank, power=power)  # twice what is used: the others are for accuracy
+
+
+@initialiser(needs=GradientStats, asks=_asks)
 def loraga(
     structure: Structure,
     weight: Callable[[torch.dtype | None], Tensor],
@@ -38,6 +43,7 @@ def loraga(
     gamma: float = 16.0,
     size: str = "stable",
     direction: str = "ArB2r",
+    power: int = 1,
 ) -> None:
     """A0 = c V_{1..R}^T and B0 = c U_{R+1..2R}, with G = U diag(S) V^T the mean gradient and c = O^(1/4) / sqrt(gamma).
 
@@ -52,13 +58,15 @@ def loraga(
             "unit" for 1; "weight_svd" for the mean of sqrt(S_j / s) over the R largest singular values of W.
         direction: "ArB2r" as above; "A2rBr" for A0 from R+1 .. 2R and B0 from 1 .. R; "ArBr" for A0 from 2, 4, ..., 2R
             and B0 from 1, 3, ..., 2R-1.
+        power: rounds of power iteration by which calibration finds the vectors; each takes two passes over the batches.
 
     Raises:
         StructureError: another structure than CentredLowRank, an unknown size or direction, a gamma that is not
-            positive and finite; statistics without directions, with fewer than 2 R, or of another size.
+            positive and finite, a power that is not a whole number of at least 0; statistics without directions, with
+            fewer than 2 R, or of another size.
     """
     own = require_structure(structure, CentredLowRank, "loraga")
-    check_options(gamma, size, direction)
+    check_options(gamma, size, direction, power)
     O, I, R = own.out_features, own.in_features, own.rank
     left, right = stats.left, stats.right
     most = min(2 * R, O, I)
@@ -84,10 +92,11 @@ def loraga(
     own.B0[:, : B.shape[1]] = c * B
 
 
-def check_options(gamma: object, size: object, direction: object) -> None:
+def check_options(gamma: object, size: object, direction: object, power: object) -> None:
     """Raise StructureError for values that `loraga` does not take."""
     if isinstance(gamma, bool) or not isinstance(gamma, (int, float)) or not 0 < gamma < math.inf:
         raise StructureError(f"loraga: gamma must be a positive number, got {gamma!r}")
+    check_count(power, "loraga: power", 0)
     if size not in SIZES:
         raise StructureError(f"loraga: size must be one of {', '.join(SIZES)}, got {size!r}")
     if direction not in DIRECTIONS:

@@ -91,6 +91,7 @@ def loraga(
     gamma: float = 16.0,
     size: str = "stable",
     direction: str = "ArB2r",
+    power: int = 1,
 ) -> Recipe:
     """W + (alpha / sqrt(R)) (B A - B0 A0) with A0, B0 singular vectors 1 .. R and R+1 .. 2R of the mean gradient.
 
@@ -109,14 +110,16 @@ def loraga(
         gamma: larger starts smaller; the authors take 16, and 64 for models of 7 billion.
         size: stable as above, or gd_scale, unit or weight_svd (see `initialisers.loraga`).
         direction: ArB2r as above, or A2rBr or ArBr.
+        power: rounds of power iteration by which calibration finds the vectors; it takes 2 + 2 power passes.
 
     Raises:
-        StructureError: as `lora`; an unknown size or direction, a gamma that is not positive and finite.
+        StructureError: as `lora`; an unknown size or direction, a gamma that is not positive and finite, a power
+            that is not a whole number of at least 0.
     """
     check_count(rank, "loraga: rank")
-    check_options(gamma, size, direction)
+    check_options(gamma, size, direction, power)
     plain = rslora(rank, alpha, dropout, rank_dropout, rank_pattern, alpha_pattern)
-    options = {"gamma": gamma, "size": size, "direction": direction}
+    options = {"gamma": gamma, "size": size, "direction": direction, "power": power}
     return replace(plain, structure=CentredLowRank, init={"loraga": options}, name="loraga", learning_rate=1e-4)
 
 
