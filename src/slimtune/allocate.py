@@ -258,7 +258,8 @@ def budget(
 
     Sizes are counted on the recipe itself, on the meta device. All layers start at the floor; then the one with the
     least (R_i + 1/2) / w_i is raised to the next rank its structure takes, as long as one can be paid: equal weights
-    w_i give equal ranks up to one step, others ranks in proportion (Sainte-Lague). What is left over is less than any layer's next step.
+    w_i give equal ranks up to one step, others ranks in proportion (Sainte-Lague). What is left over is less than any
+    layer's next step.
 
     Args:
         parameters: the budget of the adapter alone.

@@ -25,6 +25,7 @@ from .errors import ConfigError, DataError, DivergenceError, StructureError, Tar
 from .initialisers import INITIALISERS, GradientStats, Initialiser, InputStats, Request, Stats, check
 from .layers import Host, extend, own_class, restore
 from .layouts import layout_of
+from .ops import truncated_svd
 from .ranks import seeded
 from .recipe import Recipe
 from .structures import LowRank
@@ -609,7 +610,7 @@ class _Inputs:
             raise DivergenceError(f"calibrate: the inputs of {self.layer!r} are not finite")
         if self.values is not None and self.directions is not None:
             X = torch.cat([self.values[:, None] * self.directions, X])
-        self.values, self.directions = _leading(X, self.size)
+        _, self.values, self.directions = truncated_svd(X, self.size, 2)
 
     def _counted(self, x: Tensor) -> Tensor:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -622,16 +623,6 @@ class _Inputs:
         if self.values is None or self.directions is None:
             raise DataError(f"calibrate: no input reaches {self.layer!r}; were there batches?")
         return InputStats(self.directions[:components].clone(), self.values[:components].clone(), self.total, self.rows)
-
-
-def _leading(X: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Singular values, and right singular vectors as rows."""
-    if 2 * size >= min(X.shape):
-        _, values, rows = torch.linalg.svd(X, full_matrices=False)
-    else:
-        _, values, columns = torch.svd_lowrank(X, q=size + size // 2, niter=2)
-        rows = columns.t()
-    return values[:size], rows[:size]
 
 
 def _own_forward(model: nn.Module, batch: Any) -> Any:
