@@ -163,10 +163,12 @@ CASES: dict[str, Case] = {
         "One factor of rank 16.",
     ),
     "adalora": Case(
-        lambda st: st.adalora(rank=11, initial_rank=16, alpha=32),
-        None,
+        lambda st: st.adalora(rank=11, initial_rank=16, alpha=160),
+        lambda peft: peft.AdaLoraConfig(
+            init_r=16, target_r=11, lora_alpha=160, total_step=1000, target_modules=TARGETS
+        ),
         {"step": {"fp32": 1.10, "bf16": 1.12}},
-        "Rank 16, before the first pruning; with the controllers' share of the step.",
+        "Rank 16, before the first pruning; the controllers' share is in ours. PEFT does not score or prune by itself.",
     ),
 }
 
