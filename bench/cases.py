@@ -170,6 +170,12 @@ CASES: dict[str, Case] = {
         {"step": {"fp32": 1.10, "bf16": 1.12}},
         "Rank 16, before the first pruning; the controllers' share is in ours. PEFT does not score or prune by itself.",
     ),
+    "elalora": Case(
+        lambda st: st.elalora(rank=16, alpha=160),
+        None,
+        {"step": {"fp32": 1.10, "bf16": 1.12}},
+        "Rank 16; the controllers' share is in it.",
+    ),
 }
 
 GOALS_SET_AT = {"fp32": (120, "0.74 to 0.80 s"), "bf16": (71, "0.46 to 0.48 s")}

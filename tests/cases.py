@@ -210,6 +210,7 @@ METHODS = [
         lambda peft, **o: peft.AdaLoraConfig(init_r=3, target_r=2, lora_alpha=24, total_step=10, **o),
         parameters=lambda o, i: 3 * (o + i + 1),
     ),
+    Method("elalora", lambda **o: st.elalora(rank=3, alpha=24, **o), parameters=lambda o, i: 3 * (o + i + 1)),
     Method(
         "c3a-published",
         lambda **o: replace(st.c3a(block=3, normalization="published", **o), alpha=8.0),
