@@ -6,10 +6,12 @@ import itertools
 import json
 import math
 import types
+from dataclasses import replace
 
 import peft
 import pytest
 import torch
+import torch._dynamo
 from torch import nn
 
 import slimtune as st
@@ -194,6 +196,11 @@ def test_what_cannot_be_pruned_is_refused_when_attached():
     with pytest.raises(st.SlimtuneError, match="attach it to the optimizer that holds the adapter's parameters"):
         st.attach(st.AdaLoRA(2, regrow=False, total_steps=9, adapter="default"), model, other)
     st.attach(st.AdaLoRA(2, regrow=False, total_steps=9, adapter="default"), model, optimizer)  # plain factors will do
+    uneven = base()
+    st.adapt(uneven, replace(st.adalora(rank=6, initial_rank=12, ceiling=6), overrides={"0": {"rank": 4}}))
+    with pytest.raises(st.StructureError, match="with a ceiling of 6 the layers cannot hold 12 ranks"):
+        ada = st.controllers_of(uneven[0].adapters["default"].recipe, 9)[-1]
+        st.attach(ada, uneven, torch.optim.AdamW(st.param_groups(uneven)))
     fixed = nn.Sequential(nn.Linear(6, 6))
     st.adapt(fixed, st.c3a(block=2))
     with pytest.raises(st.StructureError, match="0: the ranks of BlockCirculant cannot change"):
@@ -421,6 +428,19 @@ def test_masked_and_physical_ranks_train_alike(dtype, optimizer):
     assert sum(physical.ada.ranks().values()) == 6
 
 
+def test_masked_ranks_do_not_recompile():
+    run = Run(masked=True, regrow=False)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    bare, run.model = run.model, torch.compile(run.model, backend="eager", fullgraph=True)
+    run.steps(1)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    run.steps(23)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs == 1
+    run.model = bare
+    assert sum(run.ranks.values()) == 6
+
+
 def test_what_is_pruned_costs_nothing_afterwards():
     run = Run(regrow=False)
     run.steps(2)
@@ -601,10 +621,12 @@ def test_resumes_bit_for_bit(stopped, masked, regrow, tmp_path):
     assert same(run, other)
 
 
-def test_state_put_back_after_attaching(tmp_path):
+@pytest.mark.parametrize("unit", ["ranks", "parameters"])
+@pytest.mark.parametrize("stopped", [7, 20])
+def test_state_put_back_after_attaching(stopped, unit, tmp_path):
     """In the order of transformers' Trainer."""
-    run = Run(regrow=False)
-    run.steps(7)
+    run = Run(regrow=False, unit=unit)
+    run.steps(stopped)
     other = run.again(tmp_path)
     for handle in other.handles:
         handle.remove()
@@ -612,8 +634,8 @@ def test_state_put_back_after_attaching(tmp_path):
     handles = [st.attach(c, other.model, other.optimizer) for c in made]
     for handle, before in zip(handles, run.handles, strict=True):
         handle.load_state_dict(before.state_dict())
-    run.steps(17)
-    other.steps(17)
+    run.steps(24 - stopped)
+    other.steps(24 - stopped)
     assert same(run, other)
 
 

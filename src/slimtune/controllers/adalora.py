@@ -135,12 +135,14 @@ class AdaLoRA(Allocator):
     def check(self) -> None:
         self.full = self.full or self.spent()
         goal = self.budget(self.last)
-        if goal > self.full:
+        # a budget of parameters need not come out even: what it leaves over is less than a rank
+        rank = max(self.cost(layer) for layer in self.layers)
+        if goal - self.full >= rank:
             raise StructureError(f"AdaLoRA: target {self.target} is a budget of {goal} {self.unit}, of {self.full}")
         if self.done >= self.last:
             return
         most = {layer: min(rank, self.most(layer)) for layer, rank in self.ranks().items()}
-        if sum(rank * self.cost(layer) for layer, rank in most.items()) < goal:
+        if goal - sum(r * self.cost(layer) for layer, r in most.items()) >= rank:
             raise StructureError(f"AdaLoRA: with a ceiling of {self.ceiling} the layers cannot hold {goal} {self.unit}")
         if self.regrow:
             for layer, structure in self.layers.items():

@@ -28,6 +28,7 @@ def adalora(
     unit: str = "ranks",
     floor: int = 1,
     ceiling: int | None = None,
+    masked: bool | None = None,
 ) -> Recipe:
     """W + (alpha / R0) B diag(e) A, whose ranks are pruned from R0 to R on average while it trains.
 
@@ -48,6 +49,7 @@ def adalora(
         unit: what the budget counts, "ranks" or "parameters".
         floor: ranks that every layer keeps.
         ceiling: ranks that a layer has at most in the end; None for no limit.
+        masked: keep shapes as they are until training ends, for torch.compile; None where several processes train.
 
     Raises:
         StructureError: a rank that is not a whole number of at least 1, an initial_rank below it, an alpha that is 0 or
@@ -57,7 +59,7 @@ def adalora(
     start = -(-3 * rank // 2) if initial_rank is None else initial_rank
     check_count(start, "adalora: initial_rank", rank)
     schedule: dict[str, Any] = {"target": rank, "t_init": t_init, "t_final": t_final, "delta_t": delta_t}
-    schedule |= {"regrow": regrow, "unit": unit, "floor": floor, "ceiling": ceiling}
+    schedule |= {"regrow": regrow, "unit": unit, "floor": floor, "ceiling": ceiling, "masked": masked}
     AdaLoRA(total_steps=ANY_LENGTH, **schedule)  # refuses bad values before a model is loaded
     Orthogonality(orthogonality)
     penalty: dict[str, Any] = {"Orthogonality": {"coefficient": orthogonality}} if orthogonality else {}
