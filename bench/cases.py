@@ -176,6 +176,12 @@ CASES: dict[str, Case] = {
         {"step": {"fp32": 1.10, "bf16": 1.12}},
         "Rank 16; the controllers' share is in it.",
     ),
+    "pissa": Case(
+        lambda st: st.pissa(rank=16, iterations=4),
+        _peft_lora(),
+        {"step": {"fp32": 1.06, "bf16": 1.07}, "saved": {"fp32": 158, "bf16": 89}},
+        "A change of rank 32 of which 16 train. PEFT takes the start out of the weights once, and then its step is LoRA's.",
+    ),
 }
 
 GOALS_SET_AT = {"fp32": (120, "0.74 to 0.80 s"), "bf16": (71, "0.46 to 0.48 s")}
