@@ -61,6 +61,12 @@ METHODS = [
         rank_dropout=True,
     ),
     Method(
+        "lorapro",
+        lambda **o: st.lorapro(rank=3, alpha=4, **o),
+        lambda peft, **o: peft.LoraConfig(r=3, lora_alpha=4, **o),
+        lambda o, i: 3 * (o + i),
+    ),
+    Method(
         "rslora",
         lambda **o: st.rslora(rank=3, alpha=4, **o),
         lambda peft, **o: peft.LoraConfig(r=3, lora_alpha=4, use_rslora=True, **o),

@@ -21,7 +21,8 @@ from .base import Controller
 __all__ = ["LoRAPro"]
 
 FORMS = ("factors", "full", "lean")
-MOMENT, SQUARE, STEP = "lorapro_moment", "lorapro_square", "lorapro_step"
+MOMENT, SQUARE = "lorapro_moment", "lorapro_square"
+STEP = "step"  # a tensor of that name is what torch's optimizers look for in every state they load
 
 
 @dataclass
@@ -69,9 +70,10 @@ class LoRAPro(Controller):
     decay, where the paper's does. Both factors need one learning rate then. "factors" allows two (LoRA+); only
     `X="zero"` still promises descent in that case.
 
-    B starts at zero and is of the size of one step after it, so the formula asks the second step to rewrite A at any
-    learning rate. `cap` holds that back: no step, learning rate times adjusted gradient, is longer than `cap` times the
-    larger factor. The paper's formula is `damping=0, cap=None`.
+    B starts at zero and is of the size of one step after it, so the formula asks the second step to rewrite A whatever
+    the learning rate, which with small batches ruins what it learns. `cap` holds that back: no step, learning rate
+    times adjusted gradient, is longer than `cap` times the larger factor; the step still goes down. The paper's
+    formula is `damping=0, cap=None`.
 
     It acts on clipped gradients: what the clipping measures are LoRA's own. Under a Magnitude (DoRA) it is the
     gradient of W + s B A that is met, not that of the rescaled weight. Dropout of the input is fine; with
@@ -109,7 +111,7 @@ class LoRAPro(Controller):
         *,
         damping: float = 1e-6,
         absolute: bool = False,
-        cap: float | None = 0.1,
+        cap: float | None = 0.2,
         retract: bool = False,
         adapter: str | None = None,
     ) -> None:
@@ -204,9 +206,10 @@ class LoRAPro(Controller):
             A, B, s, state = batch.A[i], batch.B[i], batch.scale[i], self._optimizer.state[p]
             g = tangent(A, B, hA[i], hB[i], s)
             if MOMENT not in state:
-                state[STEP], state[MOMENT], state[SQUARE] = 0, torch.zeros_like(g), torch.zeros_like(g)
+                state[STEP] = torch.tensor(0.0)
+                state[MOMENT], state[SQUARE] = torch.zeros_like(g), torch.zeros_like(g)
             state[STEP] += 1
-            M, V, t = state[MOMENT], state[SQUARE], state[STEP]
+            M, V, t = state[MOMENT], state[SQUARE], state[STEP].item()
             M.lerp_(g, 1 - b1)
             V.mul_(b2).addcmul_(g, g, value=1 - b2)
             root = torch.sqrt(V, out=g).mul_((1 - b2**t) ** -0.5).add_(eps)
@@ -221,14 +224,15 @@ class LoRAPro(Controller):
         states = [tuple(self._optimizer.state[p] for p in pair) for pair in batch.parameters]
         for (a, b), (pA, pB) in zip(states, batch.parameters, strict=True):
             if MOMENT not in a:
-                a[STEP], a[MOMENT], a[SQUARE] = 0, torch.zeros_like(pA), pA.new_zeros(I)
-                b[MOMENT], b[SQUARE] = torch.zeros_like(pB), pB.new_zeros(O)
+                a[STEP], a[MOMENT], a[SQUARE] = torch.tensor(0.0), torch.zeros_like(pA), pA.new_zeros(I)
+                b[STEP], b[MOMENT], b[SQUARE] = torch.tensor(0.0), torch.zeros_like(pB), pB.new_zeros(O)
             a[STEP] += 1
+            b[STEP] += 1
         adam = [self._adam(layer) for layer in batch.layers]
         b1, b2 = (_column([betas[k] for betas, _ in adam], A) for k in (0, 1))
         eps = _column([e for _, e in adam], A)
         c1, c2 = (
-            _column([1 - betas[k] ** a[STEP] for (betas, _), (a, _) in zip(adam, states, strict=True)], A)
+            _column([1 - betas[k] ** a[STEP].item() for (betas, _), (a, _) in zip(adam, states, strict=True)], A)
             for k in (0, 1)
         )
         nA, nB = (
