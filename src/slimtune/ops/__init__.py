@@ -13,6 +13,7 @@ from .circulant import (
     skew_product,
 )
 from .dropout import draw_seed, dropped, keep_probability, replayed_dropout
+from .heads import heads_linear
 from .ldu import diagonal_linear, ldu, pivot_rows
 from .lorapro import adjusted_gradients, carried, retracted, tangent
 from .lowrank import lowrank_linear, row_square_after_update
@@ -50,6 +51,7 @@ __all__ = [
     "dropped",
     "fft_length",
     "hadamard_factors",
+    "heads_linear",
     "keep_probability",
     "khatri_rao",
     "kronecker_linear",

@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import StructureError
+from ..ops.fused import traced
+from ..ops.heads import heads_linear
 from .base import Factored, check_count
 
 __all__ = ["GatedHeads"]
@@ -87,6 +90,7 @@ class GatedHeads(Factored):
             self.register_buffer(name, torch.empty(total, dtype=torch.long, device=device))
         if not self.heads.is_meta:
             self._place()
+        self._known: Any = None
         self.register_buffer("tau", torch.tensor(0.5, device=device, dtype=dtype))
         self.register_buffer("hard", torch.tensor(False, device=device))
 
@@ -122,9 +126,15 @@ class GatedHeads(Factored):
     def work(self) -> float:
         return self.rank * (self.A.shape[1] + self.B.shape[0])
 
+    def _own(self) -> Tensor:
+        """Whose rank it is, (H, R)."""
+        return self.heads == torch.arange(self.head_count, device=self.heads.device)[:, None]
+
     def _logits(self) -> Tensor:
         """R0 alpha_h - j - 1/2, (R,)."""
-        alpha = self.alpha if self.head_count == 1 else self.alpha.index_select(0, self.heads)
+        alpha: Tensor = self.alpha
+        if self.head_count > 1:  # as a sum, whose gradient is the same in every run; that of an index is not on a GPU
+            alpha = torch.where(self._own(), alpha[:, None], 0.0).sum(0)
         return self.base_rank * alpha - self.index - 0.5
 
     def gates(self) -> Tensor:
@@ -161,12 +171,39 @@ class GatedHeads(Factored):
         B: Tensor = self.B
         A = self.gates()[:, None] * self.A
         if self.head_count > 1:
-            own = self.heads == torch.arange(self.head_count, device=self.heads.device)[:, None]  # (H, R)
+            own = self._own()
             if self.side == "output":
                 B = (own[:, None] * B).flatten(0, 1)
             else:
                 A = (own.t()[..., None] * A[:, None]).flatten(1)
         return B, A
+
+    def linear(self, x: Tensor, W: Tensor, bias: Tensor | None, scale: Tensor, dropout: float = 0.0) -> Tensor:
+        if self.head_count == 1 or traced(x) or scale.requires_grad or not torch.is_grad_enabled():
+            return super().linear(x, W, bias, scale, dropout)
+        size, pad = self._even()
+        if size * self.head_count * (self.A.shape[1] + self.B.shape[0]) > self.rank * (x.shape[-1] + W.shape[0]):
+            return super().linear(x, W, bias, scale, dropout)  # so uneven that the zeros between heads cost less
+        B: Tensor = self.B
+        A = self.gates()[:, None] * self.A
+        if pad is not None:  # B's column of zeros makes it no matter which row of A meets it
+            B = F.pad(B, (0, 1)).index_select(1, pad)
+            A = A.index_select(0, pad.clamp_max(self.rank - 1))
+        return heads_linear(x, W, bias, B, A, scale, self.head_count, dropout)
+
+    def _even(self) -> tuple[int, Tensor | None]:
+        """(S, which ranks to line up so that every head has S of them in turn, R for none); None if they do already."""
+        version = -1 if self.heads.is_inference() else self.heads._version
+        if self._known is None or self._known[0] is not self.heads or self._known[1] != version:
+            own: list[list[int]] = [[] for _ in range(self.head_count)]
+            heads = self.heads.tolist()
+            for i, head in enumerate(heads):
+                own[head].append(i)
+            size = max(map(len, own))
+            line = [i for ranks in own for i in ranks + [len(heads)] * (size - len(ranks))]
+            pad = None if line == list(range(len(heads))) else torch.tensor(line, device=self.heads.device)
+            self._known = (self.heads, version, size, pad)
+        return self._known[2], self._known[3]
 
     def exact_factors(self) -> tuple[Tensor, Tensor]:
         """`factors` without the ranks whose gate is closed."""
