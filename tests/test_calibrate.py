@@ -291,6 +291,7 @@ def test_errors_leave_nothing_behind_either():
         (lambda m, x: 3.0, st.DataError, "got float"),
         (lambda m, x: x.sum(), st.TargetError, "depends on none of the 2 layers, such as '0'"),
         (lambda m, x: m(x).sum() / 0, st.DivergenceError, "loss of batch 0 is"),
+        (lambda m, x: (m(x).sum(), 0), st.DataError, r"weight of batch 0 must be positive and finite, got 0\.0"),
         (lambda m, x: (m(x) - m(x)).sqrt().sum(), st.DivergenceError, "gradient of '0' is not finite"),
         (None, st.DataError, "a batch is a Tensor; expected a mapping with labels"),
     ]:
@@ -450,19 +451,24 @@ def _worker(rank, folder):
     # three batches here, one there
     batches = rows(4)[:3] if rank == 0 else rows(4)[3:]
     recipe, stats = st.calibrate.fit(st.gora(rank=4, **options), toy(), batches, square, TOY)
-    torch.save((recipe.to_dict(), {n: (s.sketch, s.importance) for n, s in stats.items()}), f"{folder}/{rank}.pt")
+    seen = st.calibrate.inputs(toy(), batches, TOY, components=3)
+    found = {n: (s.sketch, s.importance, seen[n].components, seen[n].rows, seen[n].total) for n, s in stats.items()}
+    torch.save((recipe.to_dict(), found), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_are_one(tmp_path):
     torch.multiprocessing.spawn(_worker, (str(tmp_path),), nprocs=2)
     recipe, stats = st.calibrate.fit(st.gora(rank=4, floor=1, ceiling=8), toy(), rows(4), square, TOY)
+    seen = st.calibrate.inputs(toy(), rows(4), TOY, components=3)
     for rank in (0, 1):
         theirs, tensors = torch.load(tmp_path / f"{rank}.pt")
         assert theirs == recipe.to_dict()
         for n in TOY:
             same(tensors[n][0], stats[n].sketch)
             assert tensors[n][1] == pytest.approx(stats[n].importance, rel=1e-12)
+            same(tensors[n][2], seen[n].components, 1e-9 if n == "0" else 0.05)  # nearly, where rows are cut
+            assert tensors[n][3:] == pytest.approx((seen[n].rows, seen[n].total))
 
 
 # ---------------------------------------------------------------- inputs

@@ -13,7 +13,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -193,8 +193,11 @@ class _Tap:
 class _Run:
     """Passes over batches of a model that is afterwards as it was."""
 
-    def __init__(self, model: nn.Module, layers: dict[str, Host], loss: Loss | None, seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, layers: dict[str, Host], loss: Loss | None, seed: int, devices: list[torch.device]
+    ) -> None:
         self.model, self.layers, self.loss, self.seed = model, layers, loss or _own_loss, seed
+        self.devices = devices
         self.weight = 1.0
         self._zeros: dict[Any, Tensor] = {}
 
@@ -209,7 +212,11 @@ class _Run:
         """(number, batch on the model's device), random numbers fixed by the number."""
         device = next((t.device for t in self.model.parameters() if not t.is_meta), torch.device("cpu"))
         for number, batch in enumerate(batches):
-            torch.manual_seed(self.seed + number)
+            torch.default_generator.manual_seed(self.seed + number)
+            for other in self.devices:  # not torch.manual_seed, which reaches devices that are not put back
+                module = torch.get_device_module(other)
+                with getattr(module, "device", lambda _: nullcontext())(other):
+                    module.manual_seed(self.seed + number)
             yield number, _moved(batch, device)
 
     def gradients(self, batches: Iterable[Any], products: Products, done: Callable[[], None]) -> int:
@@ -224,8 +231,8 @@ class _Run:
                 with torch.enable_grad():
                     value = self.loss(self.model, batch)
                 value, self.weight = value if isinstance(value, tuple) else (value, 1.0)
-                _check_loss(value, number, list(taps))
                 self.weight = float(self.weight)
+                _check_loss(value, self.weight, number, list(taps))
                 weights += self.weight
                 value.backward()
                 done()
@@ -264,12 +271,16 @@ def _home(host: Host) -> torch.device:
     return torch.device("cpu") if host.weight.is_meta else host.weight.device
 
 
+def _several() -> bool:
+    dist = torch.distributed
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def _summed(t: Tensor, layers: Mapping[str, Host]) -> Tensor:
     """The sum over all processes."""
-    dist = torch.distributed
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not _several():
         return t
-    device = t.device
+    dist, device = torch.distributed, t.device
     if dist.get_backend() == "nccl" and device.type == "cpu":
         t = t.to(next(iter(layers.values())).weight.device)
     t = t.contiguous()
@@ -277,7 +288,7 @@ def _summed(t: Tensor, layers: Mapping[str, Host]) -> Tensor:
     return t.to(device)
 
 
-def _check_loss(value: Any, number: int, layers: list[str]) -> None:
+def _check_loss(value: Any, weight: float, number: int, layers: list[str]) -> None:
     if not isinstance(value, Tensor) or value.dim():
         got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise DataError(f"calibrate: loss(model, batch) must return a 0-d tensor or (tensor, weight), got {got}")
@@ -285,6 +296,8 @@ def _check_loss(value: Any, number: int, layers: list[str]) -> None:
         raise TargetError(f"calibrate: the loss depends on none of the {len(layers)} layers, such as {layers[0]!r}")
     if not value.isfinite():
         raise DivergenceError(f"calibrate: the loss of batch {number} is {value.item()}")
+    if not 0 < weight < math.inf:
+        raise DataError(f"calibrate: the weight of batch {number} must be positive and finite, got {weight}")
 
 
 def _own_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -317,10 +330,10 @@ def _prepared(model: nn.Module, names: Sequence[str], loss: Loss | None, seed: i
     trained = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
     fresh = [own[n] for n in names if not isinstance(own[n], Host)]
-    device = next((p.device for p, _ in trained if p.device.type not in ("cpu", "meta")), None)
-    kind = device.type if device else "cuda"
-    several = sorted({p.device.index for p, _ in trained if device and p.device.type == kind})
-    with torch.random.fork_rng(several, device_type=kind):
+    devices = sorted({p.device for p, _ in trained if p.device.type not in ("cpu", "meta")}, key=str)
+    kind = devices[0].type if devices else "cuda"
+    devices = [d for d in devices if d.type == kind]
+    with torch.random.fork_rng([d.index for d in devices], device_type=kind):
         try:
             for p, _ in trained:
                 p.requires_grad_(False)
@@ -328,7 +341,7 @@ def _prepared(model: nn.Module, names: Sequence[str], loss: Loss | None, seed: i
                 # transformers checkpoints in training mode only; the layers inside are in evaluation mode all the same
                 m.training = training and getattr(m, "gradient_checkpointing", False) is True
             layers = {n: extend(own[n], layout_of(own_class(own[n]))) for n in names}
-            yield _Run(model, layers, loss, seed)  # type: ignore[arg-type]
+            yield _Run(model, layers, loss, seed, devices)  # type: ignore[arg-type]
         finally:
             for module in fresh:
                 if isinstance(module, Host):
@@ -373,7 +386,7 @@ def gradients(
     directions: int = 0,
     power: int = 0,
     importance: Sequence[str] = (),
-    probes: int = 16,
+    probes: int = 4,
     memory: int = 2**31,
     seed: int = 0,
     progress: Progress | None = None,
@@ -533,7 +546,8 @@ def inputs(
     EVA, Paischer et al. 2024, arXiv 2410.07170, section 3.1: after each batch the rows seen so far are replaced by
     2 K + 8 rows of the same leading directions (Ross et al. 2008, incremental SVD, without a mean), which is exact
     while X has no higher rank. Rows that a batch's "attention_mask" marks as padding do not count. Layers that are
-    handed one and the same tensor are computed once. The model is left as it was, as by `gradients`.
+    handed one and the same tensor are computed once. With torch.distributed initialised, what each process has seen is
+    joined at the end. The model is left as it was, as by `gradients`.
 
     Args:
         components: K.
@@ -612,6 +626,20 @@ class _Inputs:
             X = torch.cat([self.values[:, None] * self.directions, X])
         _, self.values, self.directions = truncated_svd(X, self.size, 2)
 
+    def _gather(self) -> None:
+        """Join what other processes have seen."""
+        if not _several():
+            return
+        held = self.values is not None and self.directions is not None
+        seen = (self.values[:, None] * self.directions).cpu() if held else None  # type: ignore[index,operator]
+        box: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(box, (seen, self.rows, self.total))
+        parts = [part for part, _, _ in box if part is not None]
+        self.rows, self.total = sum(rows for _, rows, _ in box), sum(total for _, _, total in box)
+        if parts:
+            X = torch.cat(parts).to(parts[0] if self.values is None else self.values)
+            _, self.values, self.directions = truncated_svd(X, self.size)
+
     def _counted(self, x: Tensor) -> Tensor:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
@@ -620,6 +648,7 @@ class _Inputs:
         return rows
 
     def stats(self, components: int) -> InputStats:
+        self._gather()
         if self.values is None or self.directions is None:
             raise DataError(f"calibrate: no input reaches {self.layer!r}; were there batches?")
         return InputStats(self.directions[:components].clone(), self.values[:components].clone(), self.total, self.rows)
@@ -721,9 +750,7 @@ def fit(
 
 def _agreed(ranks: dict[str, int]) -> dict[str, int]:
     """The first process's: sums over processes may differ in their last bit, and ranks must not."""
-    dist = torch.distributed
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        box = [ranks]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
-    return ranks
+    box = [ranks]
+    if _several():
+        torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
