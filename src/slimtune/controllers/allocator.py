@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
@@ -18,13 +18,12 @@ from ..ranks import SECOND_MOMENTS, change_ranks, seeded
 from ..structures import Structure
 from ..structures.base import check_count
 from .base import Controller, trained_adapters
+from .sharding import agreed, edited, local, whole
 
 __all__ = ["Allocator", "Change", "Scores", "best_ranks", "check_share", "clear_slots"]
 
 Scores = Mapping[str, Mapping[int, float]]
 """{layer: {slot: S of the rank there}}, live ranks only, layers in the model's order."""
-
-T = TypeVar("T")
 
 
 class Change(NamedTuple):
@@ -241,7 +240,7 @@ class Allocator(Controller, ABC):
             self._observe()
         if self.due(self.done):
             scores = self.scores()
-            self.carry_out(_agreed(lambda: self.decide(self.done, scores)))
+            self.carry_out(agreed(lambda: self.decide(self.done, scores)))
 
     def end(self, model: nn.Module) -> None:
         """Take away the slots that hold no rank, where shapes may change."""
@@ -267,9 +266,9 @@ class Allocator(Controller, ABC):
             if self._keys[0] not in state[p]:
                 dtype = torch.promote_types(p.dtype, torch.float32)
                 state[p].update({key: torch.zeros_like(p, dtype=dtype) for key in self._keys})
-        Ib, Ub = ([_local(state[p][key]) for p in seen] for key in self._keys)
-        w = [_local(p).to(i.dtype) for p, i in zip(seen, Ib, strict=True)]
-        g = [_local(p.grad).to(i.dtype) for p, i in zip(seen, Ib, strict=True)]  # type: ignore[arg-type]
+        Ib, Ub = ([local(state[p][key]) for p in seen] for key in self._keys)
+        w = [local(p).to(i.dtype) for p, i in zip(seen, Ib, strict=True)]
+        g = [local(p.grad).to(i.dtype) for p, i in zip(seen, Ib, strict=True)]  # type: ignore[arg-type]
         work = torch._foreach_mul(w, g)
         torch._foreach_abs_(work)
         torch._foreach_lerp_(Ib, work, 1 - self.beta1)
@@ -285,7 +284,7 @@ class Allocator(Controller, ABC):
             total = None
             for p, dim in _carriers(structure):
                 if self._keys[0] in (own := state.get(p, {})):
-                    s = _whole(own[self._keys[0]] * own[self._keys[1]])
+                    s = whole(own[self._keys[0]] * own[self._keys[1]])
                     mean = s.movedim(dim, 0).flatten(1).mean(1) if s.dim() > 1 else s
                     total = mean if total is None else total + mean.to(total)
             found.append(torch.zeros(self.sizes[layer]) if total is None else total)
@@ -342,7 +341,7 @@ class Allocator(Controller, ABC):
             for key, v in self.moments(t):
                 clear_slots(v, dim, free)
                 if grow and keep and key in SECOND_MOMENTS:
-                    kept = _whole(v).index_select(dim, torch.tensor(keep, device=v.device))
+                    kept = whole(v).index_select(dim, torch.tensor(keep, device=v.device))
                     _put(v, dim, taken, kept.mean(dim, keepdim=True))
         self.off.pop(layer, None)
         if off:
@@ -392,50 +391,13 @@ def _rank(structure: Structure) -> int:
     return getattr(structure, name).shape[dim]
 
 
-def _local(t: Tensor) -> Tensor:
-    """This process's part of a sharded tensor, in the same memory."""
-    return t.to_local() if hasattr(t, "to_local") else t
-
-
-def _whole(t: Tensor) -> Tensor:
-    return t.full_tensor() if hasattr(t, "full_tensor") else t
-
-
-def _edited(t: Tensor, edit: Callable[[Tensor], object]) -> None:
-    """edit(t), in place, also where t is sharded."""
-    if not hasattr(t, "full_tensor"):
-        edit(t)
-        return
-    from torch.distributed.tensor import distribute_tensor
-
-    whole = t.full_tensor().clone()
-    edit(whole)
-    t.copy_(distribute_tensor(whole, t.device_mesh, t.placements, src_data_rank=None))  # type: ignore[attr-defined]
-
-
 def clear_slots(t: Tensor, dim: int, slots: Sequence[int]) -> None:
     """Zero these slots along a dimension, in place, also of a sharded tensor."""
     if slots:
-        _edited(t, lambda t: t.index_fill_(dim, torch.tensor(slots, device=t.device), 0.0))
+        edited(t, lambda t: t.index_fill_(dim, torch.tensor(slots, device=t.device), 0.0))
 
 
 def _put(t: Tensor, dim: int, slots: Sequence[int], values: Tensor) -> None:
     shape = list(values.shape)
     shape[dim] = len(slots)
-    _edited(t, lambda t: t.index_copy_(dim, torch.tensor(slots, device=t.device), values.expand(shape).to(t)))
-
-
-def _agreed(make: Callable[[], T]) -> T:
-    """What process 0 makes, on every process; its error, too."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return make()
-    box: list[Any] = [None, None]
-    if distributed.get_rank() == 0:
-        try:
-            box = [make(), None]
-        except SlimtuneError as error:
-            box = [None, error]
-    distributed.broadcast_object_list(box, src=0)
-    if box[1] is not None:
-        raise box[1]
-    return box[0]
+    edited(t, lambda t: t.index_copy_(dim, torch.tensor(slots, device=t.device), values.expand(shape).to(t)))

@@ -20,8 +20,9 @@ from ..ranks import change_ranks, seeded
 from ..structures import GatedHeads
 from ..structures.base import check_count
 from ..targets import hosts
-from .allocator import _agreed, _edited, _local, _whole, check_share
+from .allocator import check_share
 from .base import Controller
+from .sharding import agreed, edited, local, whole
 
 __all__ = ["ARD", "fill_ranks"]
 
@@ -203,7 +204,7 @@ class ARD(Controller):
         distributed = torch.distributed
         several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
         self._masked = several if self.masked is None else self.masked
-        self._sizes = [_local(alpha).numel() for alpha in self._alphas]
+        self._sizes = [local(alpha).numel() for alpha in self._alphas]
         costs = [float(s.rank_cost) for s in self._structures.values()]
         mean = sum(c * s.head_count for c, s in zip(costs, self._structures.values(), strict=True)) / sum(
             s.head_count for s in self._structures.values()
@@ -262,11 +263,11 @@ class ARD(Controller):
     # ---- the gates
 
     def _flat(self) -> Tensor:
-        return torch.cat([_local(alpha.detach()) for alpha in self._alphas])
+        return torch.cat([local(alpha.detach()) for alpha in self._alphas])
 
     def _spread(self, values: Sequence[float], sizes: Sequence[int] | None = None) -> Tensor:
         """One value per layer, as `_flat` has the gates."""
-        like = _local(self._alphas[0].detach())
+        like = local(self._alphas[0].detach())
         return torch.cat([like.new_full((n,), v) for v, n in zip(values, sizes or self._sizes, strict=True)])
 
     def _regularise(self) -> None:
@@ -286,9 +287,9 @@ class ARD(Controller):
             slope = slope * (strength[low] if isinstance(strength, Tensor) else strength)
             alpha = alpha.index_add(0, high, slope, alpha=-1).index_add(0, low, slope)
         alpha = (alpha - eta * self.penalty * self._weights).clamp(self._low, self._high)
-        torch._foreach_copy_([_local(a.detach()) for a in self._alphas], list(alpha.split(self._sizes)))
+        torch._foreach_copy_([local(a.detach()) for a in self._alphas], list(alpha.split(self._sizes)))
         if self.budget is not None:
-            used = float((torch.cat([_whole(a.detach()) for a in self._alphas]) * self._costs).sum())
+            used = float((torch.cat([whole(a.detach()) for a in self._alphas]) * self._costs).sum())
             dual_rate = self.dual_rate / (self.stop - self.start)
             self.penalty = max(0.0, self.penalty + dual_rate * (used / self.budget - 1))
 
@@ -332,19 +333,19 @@ class ARD(Controller):
             return
         wanted, costs, most = [], [], []
         for s in self._structures.values():
-            wanted += [s.base_rank * a for a in _whole(s.alpha.detach()).tolist()]
+            wanted += [s.base_rank * a for a in whole(s.alpha.detach()).tolist()]
             costs += [s.rank_cost] * s.head_count
             most += [self._most(s)] * s.head_count
-        ranks = _agreed(lambda: fill_ranks(wanted, costs, int(self.budget or 0), self.least, most))
+        ranks = agreed(lambda: fill_ranks(wanted, costs, int(self.budget or 0), self.least, most))
         at = 0
         for s in self._structures.values():
             values = [rank / s.base_rank for rank in ranks[at : at + s.head_count]]
             at += s.head_count
-            _edited(s.alpha.detach(), functools.partial(_copy, values))
+            edited(s.alpha.detach(), functools.partial(_copy, values))
 
     def _round(self, slack: int) -> None:
         """Give every head its ranks and `slack` more."""
-        ranks = _agreed(self.ranks)
+        ranks = agreed(self.ranks)
         self._news = {"ranks": {layer: sum(own) for layer, own in ranks.items()}, "heads": ranks}
         if self._masked:
             return

@@ -18,7 +18,8 @@ from ..layers import Host
 from ..ranks import seeded
 from ..structures.base import check_count
 from ..targets import hosts
-from .allocator import Allocator, Change, Scores, _whole, check_share
+from .allocator import Allocator, Change, Scores, check_share
+from .sharding import whole
 
 __all__ = ["ElaLoRA"]
 
@@ -424,7 +425,7 @@ class ElaLoRA(Allocator):
         new = super().grown(layer, keep, count)
         structure = self.layers[layer]
         for name, dim in structure.rank_dims.items():
-            values, rows = new[name].movedim(dim, 0), _whole(getattr(structure, name)).movedim(dim, 0)[list(keep)]
+            values, rows = new[name].movedim(dim, 0), whole(getattr(structure, name)).movedim(dim, 0)[list(keep)]
             if values.dim() != 2 or not values.any():
                 continue  # what makes dW of a new rank 0
             if layer in self._directions:
@@ -444,7 +445,7 @@ class ElaLoRA(Allocator):
         if self.rule != "improved" or not self.due(self.done + 1):
             return
         for layer, structure in self.layers.items():
-            factors = (_whole(getattr(structure, name)).movedim(dim, 0) for name, dim in (("A", 0), ("B", 1)))
+            factors = (whole(getattr(structure, name)).movedim(dim, 0) for name, dim in (("A", 0), ("B", 1)))
             A, B = (t[self.live(layer)].to(torch.promote_types(t.dtype, torch.float32)) for t in factors)
             draw = seeded(self.seed, layer, self.done, "probe")
             self._probes[layer] = _Probe(self._hosts[layer], A, B.t(), self.k, draw)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import StructureError
 from .base import Controller, trained_adapters
+from .sharding import like, whole
 
 __all__ = ["Orthogonality"]
 
@@ -87,7 +88,7 @@ class Orthogonality(Controller):
         strength = 2 * self.coefficient / len(self._factors)
         unscale = getattr(self._optimizer, "grad_scale", None)  # a fused optimizer's gradients are still scaled
         for (dim, *_), parameters in alike.items():
-            M = torch.stack([_whole(p) for p in parameters])
+            M = torch.stack([whole(p) for p in parameters])
             D = _excess(M @ M.mT if dim == 0 else M.mT @ M)  # (N, R, R)
             if self.squared:
                 D *= 2 * strength
@@ -97,22 +98,9 @@ class Orthogonality(Controller):
                 D *= unscale
             G = D @ M if dim == 0 else M @ D
             for p, g in zip(parameters, G, strict=True):
-                p.grad.add_(_like(g, p))  # type: ignore[union-attr]
+                p.grad.add_(like(g, p))  # type: ignore[union-attr]
 
 
 def _excess(gram: Tensor) -> Tensor:
     """What a Gram matrix (*, R, R) has beyond that of orthonormal directions; a zero direction is to stay zero."""
     return gram - torch.diag_embed((gram.diagonal(dim1=-2, dim2=-1) != 0).to(gram.dtype))
-
-
-def _whole(p: Tensor) -> Tensor:
-    return p.full_tensor() if hasattr(p, "full_tensor") else p
-
-
-def _like(t: Tensor, p: Tensor) -> Tensor:
-    """t sharded as p is."""
-    if not hasattr(p, "full_tensor"):
-        return t
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(t, p.device_mesh, p.placements, src_data_rank=None)  # type: ignore[attr-defined]
