@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from slimtune.app import plots
 from slimtune.app.intervals import difference, fisher, interval, paired, wilson
 from slimtune.app.record import read_record
 from slimtune.app.report import write_report
@@ -292,10 +293,92 @@ def test_intervals_from_the_literature():
     assert paired(0, 0, 10).tie
 
 
+def write_ranks(run: Path, layers: int, moves: dict[int, int]) -> dict[int, dict[str, int]]:
+    """Rank events: after step s, layer i has rank moves[s] + i; the run's table says where they began and ended."""
+    told = {step: {f"model.layers.{i}.$q${NASTY}": first + i for i in range(layers)} for step, first in moves.items()}
+    with (run / "events.jsonl").open("a") as file:
+        for step, ranks in told.items():
+            file.write(json.dumps({"time": 1.7e9, "kind": "ranks", "step": step, "ranks": ranks}) + "\n")
+    first, last = told[min(told)], told[max(told)]
+    rows = [{"name": n, "rank": last[n], "start_rank": first[n], "parameters": 10 * last[n]} for n in last]
+    (run / "ranks.json").write_text(json.dumps(rows))
+    return told
+
+
+@pytest.mark.parametrize("layers", [3, 6, 90])
+def test_ranks_over_time(tmp_path, layers):
+    """Lines for a few layers, else a map: of every layer one bar for each time it kept a rank; the sum beside it."""
+    pytest.importorskip("matplotlib")
+    run = write_run(tmp_path / "run")
+    write_ranks(run, layers, {0: 8, 10: 8, 20: 5, 30: 3})
+    record = read_record(run)
+    assert record.rank_history()[0] == [0, 10, 20, 30]
+    figures = plots.ranks(record)
+    assert [figure.name for figure in figures] == ["ranks", "total_rank"]
+    (total,) = figures[1].curves
+    shift = layers * (layers - 1) // 2
+    assert list(total.x) == [0, 10, 20, 30, 40]
+    assert list(total.y) == [first * layers + shift for first in (8, 8, 5, 3, 3)]
+    if layers == 3:
+        assert [list(curve.y) for curve in figures[0].curves] == [[8 + i, 8 + i, 5 + i, 3 + i, 3 + i] for i in range(3)]
+    else:
+        grid = figures[0].grid
+        assert list(grid.edges) == [0, 10, 20, 30, 40] and grid.values[2] == [10, 10, 7, 5]
+        paths = [d for d in re.findall(r'<path d="([^"]*)"', plots.draw(figures[0])) if d.count("M") > 1]
+        edges = {float(x) for d in paths for x in re.findall(r"[ML] ([\d.]+) [\d.]+", d)}
+        begin, middle, last, end = sorted(edges)  # a rank that stays from 0 to 20 is one bar
+        assert (middle - begin) / (end - begin) == pytest.approx(0.5, abs=1e-3)
+        assert (last - begin) / (end - begin) == pytest.approx(0.75, abs=1e-3)
+    text = write_report(run).read_text(encoding="utf-8")
+    assert NASTY not in text
+    assert "<h2>Ranks</h2>" in text and "8 → 3" in parse(run / "report.html").text
+    assert {"ranks.png", "total_rank.png"} <= {p.name for p in (run / "plots").iterdir()}
+    section = text[text.index("<h2>Ranks</h2>") : text.index("<h2>Layers</h2>")]
+    assert section.count("<svg") == 2 and "var(--accent)" in section
+    assert not re.findall(r"#[0-9a-f]{6}", section.replace("#000000", ""))  # colours that follow the page
+
+
+def test_the_map_of_a_long_run_stays_small(tmp_path):
+    """Hundreds of layers and rounds: columns are drawn together, the last one with the ranks at the end."""
+    pytest.importorskip("matplotlib")
+    run = write_run(tmp_path / "run")
+    write_ranks(run, 200, {step: 60 - step // 10 for step in range(0, 400, 2)})
+    grid = plots.ranks(read_record(run))[0].grid
+    assert len(grid.edges) == 21 and grid.edges[0] == 0
+    assert [row[-1] for row in grid.values] == [60 - 39 + i for i in range(200)]
+    assert len(write_report(run).read_bytes()) < 500_000
+
+
+def test_ranks_done_again_are_drawn_once(tmp_path):
+    """A resume drops what was told beyond its step; ranks that never move need no picture."""
+    run = write_run(tmp_path / "run", finished=False)
+    write_ranks(run, 2, {0: 8, 10: 7, 20: 6, 30: 5})
+    with (run / "events.jsonl").open("a") as file:
+        for event in ({"kind": "resume", "step": 15}, {"kind": "ranks", "step": 20, "ranks": {"a": 4, "b": "x"}}):
+            file.write(json.dumps({"time": 1.7e9, **event}) + "\n")
+    steps, history = read_record(run).rank_history()
+    assert steps == [0, 10, 20] and history["a"] == [4, 4, 4]
+    assert [v for k, v in history.items() if ".0." in k] == [[8, 7, 7]]
+    still = write_run(tmp_path / "still")
+    write_ranks(still, 5, {0: 8, 10: 8})
+    assert not plots.ranks(read_record(still)) and "<h2>Ranks</h2>" not in write_report(still).read_text()
+
+
+@pytest.mark.parametrize("ranks", [None, [], {"a": None}, {"a": -1}, {"a": 1e300}, {"a": {"b": 1}}, {"a": True}])
+def test_odd_ranks(tmp_path, ranks):
+    run = write_run(tmp_path / "run")
+    with (run / "events.jsonl").open("a") as file:
+        for step in (1, 2):
+            file.write(json.dumps({"kind": "ranks", "step": step, "ranks": ranks}) + "\n")
+        file.write('{"kind": "ranks", "step": 3}\n')
+    parse(write_report(run))
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium to render the page with")
 @pytest.mark.parametrize("finished", [True, False])
 def test_in_a_browser(tmp_path, finished):
     run = write_run(tmp_path / "run", finished=finished, label=NASTY)
+    write_ranks(run, 9, {0: 8, 10: 6, 20: 3})
     write_report(run)
     asked = []
 

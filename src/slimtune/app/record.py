@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-TIMELINE = ("start", "resume", "skip", "save", "stop", "end")
+TIMELINE = ("start", "calibration", "resume", "skip", "save", "stop", "end")
 RISING = ("accuracy", "f1", "mcc", "matthews", "pearson", "spearman", "precision", "recall", "score", "r2", "auc")
 
 
@@ -24,6 +24,7 @@ class Record:
     ranks: list[dict[str, Any]] = field(default_factory=list)
     logs: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
+    rank_events: list[dict[str, Any]] = field(default_factory=list)
     timeline: list[dict[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -67,6 +68,24 @@ class Record:
         """The last step that any event names."""
         return max((int(e.get("step") or 0) for e in (*self.logs, *self.evaluations, *self.timeline)), default=0)
 
+    def rank_history(self) -> tuple[list[int], dict[str, list[int]]]:
+        """(steps, ranks by layer from each of these steps on); what an event does not tell stays as it was."""
+        told: dict[int, dict[str, int]] = {}
+        for event in self.rank_events:
+            ranks = event["ranks"] if isinstance(event.get("ranks"), dict) else {}
+            known = {name: rank for name, value in ranks.items() if 0 <= (rank := number(value) or 0.0) < 2**31}
+            if known and (step := number(event["step"])) is not None:
+                told[int(step)] = {name: int(rank) for name, rank in known.items()}
+        steps, layers = sorted(told), dict.fromkeys(name for ranks in told.values() for name in ranks)
+        history: dict[str, list[int]] = {}
+        for name in layers:
+            first = next(told[step][name] for step in steps if name in told[step])
+            values: list[int] = []
+            for step in steps:
+                values.append(told[step].get(name, values[-1] if values else first))
+            history[name] = values
+        return steps, history
+
     def series(self, key: str, events: list[dict[str, Any]] | None = None) -> tuple[list[float], list[float]]:
         """(steps, values) of the finite numbers logged under `key`, or under ``eval_`` + `key`."""
         steps, values = [], []
@@ -95,10 +114,13 @@ def read_record(run: str | Path) -> Record:
             step = int(number(event.get("step")) or 0)
             record.logs = [e for e in record.logs if e["step"] <= step]
             record.evaluations = [e for e in record.evaluations if e["step"] <= step]
+            record.rank_events = [e for e in record.rank_events if e["step"] <= step]
         if kind == "log":
             record.logs.append(event)
         elif kind == "eval":
             record.evaluations.append(event)
+        elif kind == "ranks":
+            record.rank_events.append(event)
         elif kind in TIMELINE:
             record.timeline.append(event)
     return record

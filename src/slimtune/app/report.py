@@ -72,6 +72,7 @@ def _page(record: Record, verdict: Verdict) -> str:
             _scores(verdict),
             _plots(record, verdict.metric),
             _evaluations(record, verdict.metric),
+            _ranks(record),
             _layers(record),
             _timeline(record),
             _use(record),
@@ -126,6 +127,9 @@ def _tiles(record: Record) -> str:
     tiles: list[tuple[str, str, str]] = []
     if trainable is not None:
         share = f"{_percent(trainable / total)} of {_count(total)}" if total else ""
+        start = number(m.get("trainable_parameters_at_start"))
+        if start is not None and start != trainable:
+            share += f"{'; ' if share else ''}{start:,.0f} at the start"
         tiles.append(("Trainable parameters", f"{trainable:,.0f}", share))
     if (rate := number(m.get("learning_rate"))) is not None:
         whose = "as given" if record.config.get("learning_rate") else "the method's own"
@@ -135,6 +139,10 @@ def _tiles(record: Record) -> str:
     if (seconds := number(m.get("train_runtime"))) is not None:
         each = number(m.get("seconds_per_step"))
         tiles.append(("Training time", _duration(seconds), f"{each:.3g} s per step" if each else ""))
+    looked = m.get("calibration")
+    if isinstance(looked, dict) and (seconds := number(looked.get("seconds"))) is not None:
+        batches = number(looked.get("batches"))
+        tiles.append(("Calibration", _duration(seconds), f"{batches:,.0f} batches" if batches else ""))
     steps = number(m.get("steps")) or float(record.step)
     if steps:
         tiles.append(("Steps", f"{steps:,.0f}", _epochs(record)))
@@ -244,6 +252,12 @@ def _cell(value: float | None) -> str:
     return "–" if value is None else say(value)
 
 
+def _ranks(record: Record) -> str:
+    """How ranks moved, where they did."""
+    cards = "\n".join(filter(None, (_figure(record, figure) for figure in plots.ranks(record))))
+    return f'<h2>Ranks</h2>\n<div class="plots">\n{cards}\n</div>' if cards else ""
+
+
 def _layers(record: Record) -> str:
     if not record.ranks:
         return ""
@@ -251,11 +265,12 @@ def _layers(record: Record) -> str:
     body = ""
     for row in record.ranks:
         count = number(row.get("parameters")) or 0.0
-        rank = number(row.get("rank"))
+        rank, start = number(row.get("rank")), number(row.get("start_rank"))
+        before = f"{start:g} → " if start is not None and start != rank else ""
+        cells = f'<td class="n">{"–" if rank is None else f"{before}{rank:g}"}</td>'
         body += (
-            f'<tr><td class="name">{escape(str(row["name"]))}</td><td class="n">{"–" if rank is None else f"{rank:g}"}'
-            f'</td><td class="n">{count:,.0f}</td><td class="share">'
-            f'<span class="bar" style="width:{100 * count / largest:.1f}%"></span></td></tr>'
+            f'<tr><td class="name">{escape(str(row["name"]))}</td>{cells}<td class="n">{count:,.0f}</td>'
+            f'<td class="share"><span class="bar" style="width:{100 * count / largest:.1f}%"></span></td></tr>'
         )
     head = '<tr><th>layer</th><th class="n">rank</th><th class="n">parameters</th><th></th></tr>'
     figure = plots.layers(record)
@@ -288,7 +303,14 @@ def _timeline(record: Record) -> str:
     return f'<h2>Timeline</h2>\n<div class="card scroll timeline">{table}</div>'
 
 
-SHOWN = ("reason", "path", "max_steps", "train_examples")  # fields of an event that the timeline tells
+SHOWN = (
+    "reason",
+    "path",
+    "max_steps",
+    "train_examples",
+    "batches",
+    "examples",
+)  # fields of an event that the timeline tells
 
 
 def _words(event: dict[str, Any]) -> str:
