@@ -10,6 +10,7 @@ from torch import nn
 import slimtune as st
 from slimtune.allocate import with_ranks
 from slimtune.initialisers import GradientStats, InputStats
+from slimtune.initialisers.gradients import GAMMAS
 from slimtune.structures import LowRank
 from test_calibrate import BATCHES, TOY, rows, same, square, stored, toy
 
@@ -196,6 +197,29 @@ def test_gamma_towards_zero_leaves_the_base():
         with st.disabled(model):
             changes.append(float((y - model(x)).norm().detach()))
     assert changes[1] == pytest.approx(1e-3 * changes[0], rel=1e-2) and changes[2] == 0
+
+
+def test_gamma_of_least_loss():
+    """Found on the first batch; 0, the base itself, where the mean step does not lower that batch's loss."""
+    model, batches = toy(), rows(3)
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    recipe, stats = st.calibrate.fit(st.gora(rank=4, gamma=None, floor=2, ceiling=8), model, batches, square, TOY)
+    losses = {}
+    for gamma in (recipe.init["gora"]["gamma"], *GAMMAS):
+        one = toy()
+        st.adapt(one, replace(recipe, init={"gora": {"gamma": gamma}}), TOY, stats=stats)
+        losses.setdefault(gamma, float(square(one, batches[0]).detach()))
+    assert len(losses) == len(GAMMAS) == 53 and next(iter(losses.values())) == min(losses.values()) < losses[0.0]
+    assert type(model[0]) is nn.Linear and all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
+
+    def signed(model, batch):
+        return batch[0] * square(model, batch[1])
+
+    turned = [(sign, batches[0]) for sign in (-1, 1, 1)]
+    assert st.calibrate.fit(st.gora(gamma=None), toy(), turned, signed, TOY)[0].init == {"gora": {"gamma": 0.0}}
+    with pytest.raises(st.StructureError, match="gamma must be a number of at least 0"):
+        st.adapt(toy(), replace(recipe, init={"gora": {"gamma": None}}), TOY, stats=stats)
 
 
 def test_one_step_of_sgd_on_B_is_the_gradient_compressed():

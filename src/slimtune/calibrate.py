@@ -14,6 +14,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from .recipe import Recipe
 from .structures import LowRank
 from .structures.base import check_count
 from .targets import own_modules, select, unwrapped
-from .verbs import build_adapter
+from .verbs import adapt, build_adapter, remove
 
 __all__ = ["fit", "gradients", "inputs"]
 
@@ -675,9 +676,10 @@ def fit(
 ) -> tuple[Recipe, dict[str, Stats]]:
     """Give a recipe the ranks its `allocation` finds in the data, and collect what its `init` starts from.
 
-    A recipe that names neither comes back as it is, and no pass is run. The ranks become `overrides` of the recipe by
-    the layers' full names, so a saved adapter knows them, and resuming needs no data. Allocation starts from the rank
-    the recipe gives each layer.
+    A recipe that names neither comes back as it is, and no pass is run. An option that is None and that its
+    initialiser lets calibration find (`Initialiser.tries`) is tried on the first batch, one forward pass for each
+    value. The ranks become `overrides` of the recipe by the layers' full names, so a saved adapter knows them, and
+    resuming needs no data. Allocation starts from the rank the recipe gives each layer.
 
     Args:
         batches, loss, memory, seed, progress: of `gradients`, or of `inputs` for a recipe that starts from inputs.
@@ -719,6 +721,9 @@ def fit(
             asked |= entry.asks(most, **options)
     if len(kinds) > 1:
         raise StructureError(f"{recipe.name}: starts from gradients and from inputs; one of them at a time")
+    open_ = [(n, o) for n, given in recipe.init.items() for o in INITIALISERS[n].tries if given.get(o, 0) is None]
+    if open_ and not isinstance(batches, (list, tuple)):
+        batches = list(batches)
     stats: dict[str, Any] = {}
     if GradientStats in kinds:
         stats = gradients(
@@ -745,7 +750,40 @@ def fit(
             raise StructureError(f"{recipe.name}: {name} allocates ranks, and {recipe.structure.__name__} has none")
         chosen = ALLOCATORS[name].function(stats, ranks, **options)
         recipe = with_ranks(recipe, _agreed(chosen), keep_scale=ALLOCATORS[name].keeps_scale)
+    for name, option in open_:
+        recipe = _tried(recipe, name, option, model, batches, loss, targets, exclude, stats, seed)
     return recipe, stats
+
+
+def _tried(
+    recipe: Recipe,
+    name: str,
+    option: str,
+    model: nn.Module,
+    batches: Any,
+    loss: Loss | None,
+    targets: str | Sequence[str],
+    exclude: str | Sequence[str],
+    stats: Mapping[str, Stats],
+    seed: int,
+) -> Recipe:
+    """The recipe with the value of an initialiser's option that has the least loss on the first batch."""
+    trials = [
+        replace(recipe, init={**recipe.init, name: {**recipe.init[name], option: value}})
+        for value in INITIALISERS[name].tries[option]
+    ]
+    losses = torch.zeros(len(trials), dtype=torch.float64)
+    with _prepared(model, select(model, targets, exclude), loss, seed) as run, torch.no_grad():
+        for i, trial in enumerate(trials):
+            adapt(run.model, trial, targets, "trial", exclude=exclude, stats=stats)
+            try:
+                for _, batch in run.each(batches[:1]):
+                    value = run.loss(run.model, batch)
+                    losses[i] = value[0] if isinstance(value, tuple) else value
+            finally:
+                remove(run.model, "trial")
+        losses = _summed(losses, run.layers)
+    return trials[int(losses.nan_to_num(math.inf).argmin())]
 
 
 def _agreed(ranks: dict[str, int]) -> dict[str, int]:

@@ -6,7 +6,7 @@ Shapes: O out, I in, R rank, K kept directions.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -103,6 +103,8 @@ class Initialiser:
     needs: type[GradientStats] | type[InputStats] | None = None
     asks: Callable[..., Request] | None = None
     """asks(rank, **options): what it needs of the statistics for an adapter of that rank."""
+    tries: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """{option: values}: where a recipe has None, calibration takes the value of least loss on the first batch."""
 
 
 INITIALISERS: dict[str, Initialiser] = {}
@@ -111,11 +113,12 @@ INITIALISERS: dict[str, Initialiser] = {}
 def initialiser(
     needs: type[GradientStats] | type[InputStats] | None = None,
     asks: Callable[..., Request] | None = None,
+    tries: Mapping[str, Sequence[Any]] | None = None,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A decorator: recipes can name the function by its own name."""
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
-        INITIALISERS[function.__name__] = Initialiser(function, needs, asks)
+        INITIALISERS[function.__name__] = Initialiser(function, needs, asks, tries or {})
         return function
 
     return register

@@ -18,14 +18,18 @@ from .base import GradientStats, Request, initialiser
 __all__ = ["gora"]
 
 
-@initialiser(needs=GradientStats, asks=lambda rank, **_: Request(sketch=rank))
+GAMMAS = (*(0.8**k for k in range(52)), 0.0)
+"""1 down to about 1e-5, and 0 where nothing lowers the loss."""
+
+
+@initialiser(needs=GradientStats, asks=lambda rank, **_: Request(sketch=rank), tries={"gamma": GAMMAS})
 def gora(
     structure: Structure,
     weight: Callable[[torch.dtype | None], Tensor],
     stats: GradientStats,
     scale: float,
     *,
-    gamma: float = 0.05,
+    gamma: float | None = 0.05,
 ) -> None:
     """s B A = -gamma sqrt(I / R) G P_A, with A the first R rows of `projection` and P_A = A^T (A A^T)^+ A.
 
@@ -34,7 +38,8 @@ def gora(
     of B A = G up to its factor, whatever the scale s.
 
     Args:
-        gamma: length of the step; 0 leaves the base as it is.
+        gamma: length of the step; 0 leaves the base as it is. None, which `calibrate.fit` replaces, for that of 0.8^k
+            with the least loss on the first batch, 0 if that is the base's.
 
     Raises:
         StructureError: a structure that is not B A, a sketch of fewer than R rows or of another size.

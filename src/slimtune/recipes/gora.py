@@ -18,7 +18,7 @@ def gora(
     alpha: float = 16.0,
     floor: int = 4,
     ceiling: int = 32,
-    gamma: float = 0.05,
+    gamma: float | None = 0.05,
     importance: str = "union_mean",
     rule: str = "budget",
     dropout: float = 0.0,
@@ -35,7 +35,8 @@ def gora(
         alpha: numerator of the scale.
         floor: least rank of a layer.
         ceiling: largest.
-        gamma: length of the first step, in the units of a learning rate of SGD.
+        gamma: length of the first step, in the units of a learning rate of SGD; None for the one of 1, 0.8, 0.8^2, ...,
+            0 that lowers the loss of the first calibration batch most.
         importance: of a layer; a measure of `calibrate.gradients`.
         rule: budget, exact; or paper or code, as published (see `allocate.gora`).
         dropout: of the adapter's input, while training; rounded to 1/256.
@@ -46,7 +47,7 @@ def gora(
             a gamma that is negative or not finite, an alpha that is 0 or not finite.
     """
     check_count(rank, "gora: rank")
-    if not is_number(gamma) or not 0 <= gamma < float("inf"):
+    if gamma is not None and (not is_number(gamma) or not 0 <= gamma < float("inf")):
         raise StructureError(f"gora: gamma must be a number of at least 0, got {gamma!r}")
     allocation = {"gora": {"importance": importance, "floor": floor, "ceiling": ceiling, "rule": rule}}
     check_allocation(allocation, "gora")
