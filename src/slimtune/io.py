@@ -349,7 +349,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
 
     Where a type of PEFT's holds the adapter as it is, it is written in PEFT's format, which PEFT 0.17 or later reads;
     `export_peft` also converts. A manifest with hashes lies beside. Other files in the folder are left alone. Never
-    touches the network. Of several processes that share the folder, one should call it.
+    touches the network. Of several processes that share the folder, one should call it; but every one where the
+    adapter is sharded (FSDP2), and the first writes.
 
     Args:
         path: the folder, made if need be. An adapter in it is replaced.
@@ -378,6 +379,7 @@ def save_as(
     if getattr((getattr(model, "peft_config", None) or {}).get(name), "modules_to_save", None):
         raise SlimtuneError(f"{path}: not saved: PEFT holds modules_to_save; use its save_pretrained, which load reads")
     description, tensors = change(describe(model, name), own_tensors(model, name))
+    together = any(hasattr(p, "full_tensor") for host in hosts(model, name).values() for p in host.parameters())
     for key, t in tensors.items():
         if t.is_floating_point() and not t.isfinite().all():
             raise SlimtuneError(f"{path}: not saved: {key} is not finite")
@@ -405,15 +407,19 @@ def save_as(
             "fingerprint": fingerprint(model, list(description.layers)),
         },
     }
-    write_files(
-        path,
-        {
-            TENSORS: safetensors.torch.save(dict(stored), metadata={"format": "pt"}),
-            CONFIG: json.dumps(config, indent=2, sort_keys=True).encode(),
-            CARD: _card(description, base, peft is not None),
-        },
-        manifest,
-    )
+    files = {
+        TENSORS: safetensors.torch.save(dict(stored), metadata={"format": "pt"}),
+        CONFIG: json.dumps(config, indent=2, sort_keys=True).encode(),
+        CARD: _card(description, base, peft is not None),
+    }
+    if not together:
+        write_files(path, files, manifest)
+        return
+    try:
+        if torch.distributed.get_rank() == 0:
+            write_files(path, files, manifest)
+    finally:
+        torch.distributed.barrier()  # the folder is there once any process goes on
 
 
 def read_description(

@@ -345,7 +345,8 @@ class ARD(Controller):
 
     def _round(self, slack: int) -> None:
         """Give every head its ranks and `slack` more."""
-        ranks = agreed(self.ranks)
+        found = self.ranks()  # on every process: alpha may be sharded
+        ranks = agreed(lambda: found)
         self._news = {"ranks": {layer: sum(own) for layer, own in ranks.items()}, "heads": ranks}
         if self._masked:
             return
