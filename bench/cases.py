@@ -176,11 +176,29 @@ CASES: dict[str, Case] = {
         {"step": {"fp32": 1.10, "bf16": 1.12}},
         "Rank 16; the controllers' share is in it.",
     ),
+    "lorapro": Case(
+        lambda st: st.lorapro(rank=16, alpha=32),
+        None,
+        {"step": {"fp32": 1.15, "bf16": 1.17}, "saved": {"fp32": 158, "bf16": 89}},
+        "Rank 16; the adjustment of the gradients is in it.",
+    ),
+    "lorapro_lean": Case(
+        lambda st: st.lorapro(rank=16, alpha=32, form="lean"),
+        None,
+        {"step": {"fp32": 1.15, "bf16": 1.17}, "saved": {"fp32": 158, "bf16": 89}},
+        "Our Adam over the weight with thin moments, which is in it.",
+    ),
+    "lorapro_full": Case(
+        lambda st: st.lorapro(rank=16, alpha=32, form="full"),
+        None,
+        {"step": {"fp32": 1.20, "bf16": 1.30}, "saved": {"fp32": 158, "bf16": 89}},
+        "The paper's Adam over the weight with two moments of its size, which is in it.",
+    ),
     "pissa": Case(
         lambda st: st.pissa(rank=16, iterations=4),
         _peft_lora(),
         {"step": {"fp32": 1.06, "bf16": 1.07}, "saved": {"fp32": 158, "bf16": 89}},
-        "A change of rank 32 of which 16 train. PEFT takes the start out of the weights once, and then its step is LoRA's.",
+        "A change of rank 32 of which 16 train. PEFT takes the start out of the weights; its step is then LoRA's.",
     ),
 }
 
