@@ -755,6 +755,10 @@ def fit(
     return recipe, stats
 
 
+TRIAL = "calibration-trial"
+"""Name of the adapter that is attached to try a value, and removed."""
+
+
 def _tried(
     recipe: Recipe,
     name: str,
@@ -775,13 +779,13 @@ def _tried(
     losses = torch.zeros(len(trials), dtype=torch.float64)
     with _prepared(model, select(model, targets, exclude), loss, seed) as run, torch.no_grad():
         for i, trial in enumerate(trials):
-            adapt(run.model, trial, targets, "trial", exclude=exclude, stats=stats)
+            adapt(run.model, trial, targets, TRIAL, exclude=exclude, stats=stats)
             try:
                 for _, batch in run.each(batches[:1]):
                     value = run.loss(run.model, batch)
                     losses[i] = value[0] if isinstance(value, tuple) else value
             finally:
-                remove(run.model, "trial")
+                remove(run.model, TRIAL)
         losses = _summed(losses, run.layers)
     return trials[int(losses.nan_to_num(math.inf).argmin())]
 
