@@ -176,7 +176,7 @@ METHODS = {  # steps before, at and after one of the rounds
     "adalora": ({"rank": 2, "t_init": 2, "t_final": 3, "delta_t": 2}, [3, 4, 5]),
     "elalora": ({"rank": 2, "warmup": 2, "final": 3, "interval": 2}, [3, 4, 12]),
     "ardlora": ({"rank": 3, "penalty": 1.0, "warmup": 1, "interval": 2, "final": 2}, [1, 6, 7]),
-    "lorapro": ({"rank": 2}, [1, 8]),
+    "lorapro": ({"rank": 2, "form": "full"}, [1, 8]),
     "gora": ({"rank": 3, "floor": 1, "ceiling": 6}, [1, 8]),
 }
 MOVING = ("adalora", "elalora", "ardlora")
@@ -222,3 +222,50 @@ def test_batches_that_nothing_reads_are_refused(tmp_path):
         train(image_config(tmp_path, calibration_batches=3))
     with pytest.raises(ValueError, match="method head has no adapter that would read it"):
         image_config(tmp_path, method="head", method_options={}, target_modules="all-linear", calibration_batches=3)
+
+
+def test_a_budget_counts_what_is_left(llama, text, tmp_path):
+    """AdaLoRA begins with 1.5 times the ranks that the budget pays for, GoRA shares them out."""
+    from slimtune.app.method import fit_rank, meta_copy
+    from slimtune.app.tasks import build_task
+
+    cfg = text_config(llama, text, tmp_path / "run", method="adalora", method_options={}, budget=1)
+    model = build_task(cfg).model
+
+    def size(recipe):
+        ghost = meta_copy(model)
+        st.adapt(ghost, recipe)
+        return sum(p.numel() for _, p in st.trainable_parameters(ghost))
+
+    four = size(st.adalora(rank=4, initial_rank=4))
+    assert size(st.adalora(rank=4)) == four * 3 // 2
+    assert [fit_rank(cfg, model, four + more) for more in (-1, 0)] == [3, 4]
+    bounded = cfg.model_copy(update={"method_options": {"initial_rank": 6}})
+    assert fit_rank(bounded, model, 100 * four) == 6
+    elalora = cfg.model_copy(update={"method": "elalora", "method_options": {"ceiling": 9}})
+    assert fit_rank(elalora, model, four) == 4
+    gora = cfg.model_copy(update={"method": "gora", "method_options": {"floor": 1}})
+    assert [fit_rank(gora, model, size(st.lora(rank=4)) + more) for more in (-1, 0)] == [3, 4]
+
+
+def test_starts_that_take_long_tell_how_far_they_are(llama, text, tmp_path, monkeypatch):
+    """PiSSA decomposes every weight: each is counted, by a run that goes on none."""
+    from contextlib import contextmanager
+
+    from slimtune.app import method
+
+    counted = []
+
+    @contextmanager
+    def meter(what):
+        yield lambda done, total: counted.append((what, done, total))
+
+    monkeypatch.setattr(method, "meter", meter)
+    options = {"method": "pissa", "method_options": {"rank": 2}, "max_steps": 2}
+    cfg = text_config(llama, text, tmp_path / "run", **options)
+    train(cfg)
+    layers = len(json.loads((tmp_path / "run" / "ranks.json").read_text()))
+    assert counted == [("initialising", i, layers) for i in range(1, layers + 1)]
+    cut(tmp_path / "run", tmp_path / "cut", 1)
+    train(cfg.model_copy(update={"output_dir": str(tmp_path / "cut")}))
+    same(tmp_path / "run", tmp_path / "cut")

@@ -83,7 +83,14 @@ def test_methods(capsys):
     }
     assert cli.main(["methods", "dora"]) == 0
     assert "2402.09353" in capsys.readouterr().out
-    for name, said in (("full", "every weight"), ("head", "modules_to_save")):
+    for name, said in (
+        ("full", "every weight"),
+        ("head", "modules_to_save"),
+        ("adalora", "controllers: Orthogonality, AdaLoRA"),
+        ("gora", "starting values: gora (from calibration_batches of training data)"),
+        ("eva", "ranks before training: eva"),
+        ("pissa", "starting values: pissa\n"),
+    ):
         assert cli.main(["methods", name]) == 0
         assert said in capsys.readouterr().out
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from slimtune.app.config import TrainConfig
 from slimtune.app.tasks import Task
 from slimtune.app.trainer import random_state_kept
-from slimtune.initialisers import INITIALISERS, Stats
+from slimtune.initialisers import Stats
 from slimtune.recipe import Recipe
 
 QUIET = 3.0  # seconds; what takes less is not told where there is no bar
@@ -28,11 +28,6 @@ class Fitted:
     recipe: Recipe
     stats: dict[str, Stats] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
-
-
-def needs_data(recipe: Recipe) -> bool:
-    """Whether a recipe cannot start without having seen the data."""
-    return bool(recipe.allocation) or any(INITIALISERS[name].needs for name in recipe.init if name in INITIALISERS)
 
 
 def batches(cfg: TrainConfig, task: Task) -> list[dict[str, Any]]:

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 import slimtune as st
-from slimtune.app.calibration import Fitted, meter, needs_data
+from slimtune.app.calibration import Fitted, meter
 from slimtune.app.config import TrainConfig
+from slimtune.app.methods import needs_data
 from slimtune.app.weights import inside
 from slimtune.errors import ConfigError
 from slimtune.groups import HEAD_RATE
@@ -119,7 +120,10 @@ def _train_only(model: nn.Module, head: list[str]) -> list[str]:
 def fit_rank(cfg: TrainConfig, model: nn.Module, budget: int) -> int:
     """The rank of the largest adapter, without modules_to_save, of at most `budget` parameters; counted on meta.
 
-    Where more rank adds no parameters (LoKr's whole factors) it is the smallest of those.
+    Where more rank adds no parameters (LoKr's whole factors) it is the smallest of those. A method that moves ranks is
+    counted at the rank that its option `rank` names, in every layer: what AdaLoRA, which begins with more, is left with
+    on average, and what ElaLoRA and GoRA share out. Where layers differ in size and the method's own budget is in
+    ranks, it may end with more or less.
 
     Raises:
         ConfigError: rank 1 is already larger than the budget, or every rank has the same size.
@@ -128,6 +132,8 @@ def fit_rank(cfg: TrainConfig, model: nn.Module, budget: int) -> int:
     def size(rank: int) -> int:
         ghost = meta_copy(model)
         recipe = make_recipe(cfg.method, {**cfg.method_options, "rank": rank})
+        if recipe.controllers and recipe.structure.rank_dims:
+            recipe = replace(recipe, options={**recipe.options, "rank": rank})
         st.adapt(ghost, recipe, cfg.target_modules, exclude=cfg.exclude_modules)
         return sum(p.numel() for _, p in st.trainable_parameters(ghost))
 
@@ -155,7 +161,7 @@ def fit_rank(cfg: TrainConfig, model: nn.Module, budget: int) -> int:
 def _fits(size: Any, rank: int, budget: int) -> bool:
     try:
         return bool(size(rank) <= budget)
-    except st.StructureError:  # a rank that a layer cannot take
+    except (st.StructureError, ConfigError):  # a rank that a layer or the method's other options cannot take
         return False
 
 

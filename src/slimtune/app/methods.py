@@ -5,6 +5,10 @@ from __future__ import annotations
 import inspect
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from slimtune.recipe import Recipe
 
 WHOLE = {
     "full": "every weight of the model is trained, without an adapter; the run folder holds model/",
@@ -19,6 +23,7 @@ class MethodInfo:
     Attributes:
         options: (name, default, meaning) of every option.
         learning_rate: its own default for AdamW.
+        parts: (what, names) of the parts beyond a structure and a composition that it is made of at its defaults.
     """
 
     name: str
@@ -26,6 +31,7 @@ class MethodInfo:
     source: str
     options: list[tuple[str, str, str]]
     learning_rate: float
+    parts: list[tuple[str, str]]
 
 
 def methods() -> list[MethodInfo]:
@@ -42,8 +48,30 @@ def methods() -> list[MethodInfo]:
             (p.name, "-" if p.default is None else str(p.default), meanings.get(p.name, ""))
             for p in inspect.signature(recipe).parameters.values()
         ]
-        found.append(MethodInfo(name, formula.rstrip("."), source, options, recipe().learning_rate))
+        made = recipe()
+        found.append(MethodInfo(name, formula.rstrip("."), source, options, made.learning_rate, _parts(made)))
     return found
+
+
+def _parts(recipe: Recipe) -> list[tuple[str, str]]:
+    """What acts around the optimizer's step, what gives the starting values, what shares ranks out."""
+    data = " (from calibration_batches of training data)" if needs_data(recipe) else ""
+    return [
+        (what, ", ".join(names) + more)
+        for what, names, more in (
+            ("controllers", recipe.controllers, ""),
+            ("starting values", recipe.init, data),
+            ("ranks before training", recipe.allocation, data),
+        )
+        if names
+    ]
+
+
+def needs_data(recipe: Recipe) -> bool:
+    """Whether a recipe cannot start without having seen the data."""
+    from slimtune.initialisers import INITIALISERS
+
+    return bool(recipe.allocation) or any(INITIALISERS[name].needs for name in recipe.init if name in INITIALISERS)
 
 
 def text(name: str | None = None) -> str:
@@ -70,4 +98,5 @@ def text(name: str | None = None) -> str:
     widths = [max(len(option[i]) for option in info.options) for i in (0, 1)]
     lines = [f"  {n:<{widths[0]}}  {default:<{widths[1]}}  {meaning}".rstrip() for n, default, meaning in info.options]
     head = [f"{info.name}: {info.formula}", info.source, "", f"learning_rate {info.learning_rate:g} (AdamW)"]
-    return "\n".join([*head, "method_options:", *lines])
+    parts = [f"{what}: {names}" for what, names in info.parts]
+    return "\n".join([*head, *parts, "method_options:", *lines])
