@@ -39,7 +39,7 @@ class AdaLoRA(Allocator):
     AdaLoRA, Zhang et al. 2023, arXiv 2303.10512, algorithm 1: b(t) is `cubic_budget`, the score that of `Allocator`.
     For t_init steps nothing is pruned; then, every delta_t steps, the ranks that b(t) does not pay for; at
     T - t_final, for good, down to the target: tensors, gradients and optimizer state become that much smaller, and
-    training goes on with what is left. T counts optimizer steps.
+    training goes on with what is left. T counts optimizer steps; a run that ends before T - t_final keeps what it has.
 
     As published, a pruned rank loses its core only and goes on training, so that it comes back if it is worth it; the
     total holds right after a round. With `regrow=False` a rank pruned is gone, and its memory with it, at every round.
