@@ -185,7 +185,7 @@ CASES: dict[str, Case] = {
     "lorapro_lean": Case(
         lambda st: st.lorapro(rank=16, alpha=32, form="lean"),
         None,
-        {"step": {"fp32": 1.15, "bf16": 1.17}, "saved": {"fp32": 158, "bf16": 89}},
+        {"step": {"fp32": 1.15, "bf16": 1.20}, "saved": {"fp32": 158, "bf16": 89}},
         "Our Adam over the weight with thin moments, which is in it.",
     ),
     "lorapro_full": Case(

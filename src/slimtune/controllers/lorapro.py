@@ -212,9 +212,11 @@ class LoRAPro(Controller):
             M, V, t = state[MOMENT], state[SQUARE], state[STEP].item()
             M.lerp_(g, 1 - b1)
             V.mul_(b2).addcmul_(g, g, value=1 - b2)
-            root = torch.sqrt(V, out=g).mul_((1 - b2**t) ** -0.5).add_(eps)
-            u = torch.div(M, root, out=g).mul_(1 / (1 - b1**t))
-            lA[i], lB[i] = s * (B.mT @ u), s * (u @ A.mT)
+            # M / (1 - b1^t) / (sqrt(V / (1 - b2^t)) + eps) in fewer passes
+            root = (1 - b2**t) ** 0.5
+            u = torch.div(M, torch.sqrt(V, out=g).add_(eps * root), out=g)
+            s = s * (root / (1 - b1**t))
+            lA[i], lB[i] = (s * B).mT @ u, u @ (s * A).mT
         self._step(batch, *self._adjusted(batch, lA, lB))
 
     def _lean(self, batch: _Batch) -> None:

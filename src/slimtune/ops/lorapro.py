@@ -94,7 +94,7 @@ def _shortened(h: Tensor, limit: Tensor) -> Tensor:
 
 def tangent(A: Tensor, B: Tensor, hA: Tensor, hB: Tensor, scale: Tensor | float) -> Tensor:
     """s (B hA + hB A), (*T, O, I): what a step along (hA, hB) does to the weight, to first order."""
-    return scale * (B @ hA + hB @ A)
+    return (scale * torch.cat([B, hB], -1)) @ torch.cat([hA, A], -2)
 
 
 def carried(
