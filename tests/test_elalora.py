@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 import slimtune as st
@@ -378,6 +379,28 @@ def test_masked_and_physical_ranks_train_alike(rule):
     torch.testing.assert_close(runs[0](x), runs[1](x), rtol=1e-9, atol=1e-9)
 
 
+def test_compiled_model_moves_the_same_ranks_and_is_compiled_once():
+    """Hooks that come after compilation are not called by what was compiled: the sketched step runs without."""
+    seen = []
+    for compiled in (False, True):
+        model, recipe = toy(shapes=EQUAL, ceiling=8, b=2)
+        recipe.controllers["ElaLoRA"]["masked"] = True
+        optimizer, schedule = optimizer_of(model)
+        controller = controller_of(attached(model, recipe, optimizer))
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        forward = torch.compile(model, backend="eager") if compiled else model
+        for n in range(60):
+            optimizer.zero_grad()
+            x, y = batch_of(model, n)
+            (forward(x) - y).square().mean().backward()
+            optimizer.step()
+            schedule.step()
+            seen.append(controller.ranks())
+    assert seen[:60] == seen[60:] and seen[59] != seen[0]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("stopped", [0, 9, 10, 11, 24, 58])
 def test_resumed_run_is_bit_equal(stopped, masked):
@@ -485,6 +508,27 @@ def test_layers_of_rank_one_grow():
         ranks[rule] = {row.name: row.rank for row in st.summary(model).rows}
     assert ranks["published"]["busy"] == 1
     assert ranks["improved"] == {"busy": 6, "idle": 1}
+
+
+def test_checkpointed_layers_are_sketched_as_well():
+    """Recomputed in the backward pass, with hooks, reentrant or not."""
+    seen = []
+    for reentrant in (None, False, True):
+        model, recipe = toy(shapes=EQUAL)
+        optimizer, schedule = optimizer_of(model)
+        controller = controller_of(attached(model, recipe, optimizer))
+        for n in range(60):
+            optimizer.zero_grad()
+            x, y = batch_of(model, n)
+            if reentrant is None:
+                out = model(x)
+            else:
+                out = torch.utils.checkpoint.checkpoint(model, x.requires_grad_(True), use_reentrant=reentrant)
+            (out - y).square().mean().backward()
+            optimizer.step()
+            schedule.step()
+        seen.append(controller.ranks())
+    assert seen[0] == seen[1] == seen[2] != {"0": 4, "2": 4, "4": 4}
 
 
 def test_skipped_step_leaves_no_trace():

@@ -6,8 +6,10 @@ Shapes: O out, I in, R rank.
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -212,6 +214,12 @@ class _Probe:
         return Q @ U, S, V
 
 
+def _eagerly() -> Any:
+    """Let what is compiled run as it is written: hooks that come after compilation are not called otherwise. None where
+    nothing is compiled; what it returns has an `__exit__`."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else None
+
+
 class ElaLoRA(Allocator):
     """Ranks move from layers where they matter least to layers where they matter most, during training.
 
@@ -236,8 +244,8 @@ class ElaLoRA(Allocator):
     remember a whole interval, beta = 1 - 1 / interval.
 
     Under DDP and FSDP2 shapes stay as they are. Ranks then move among slots, so that the structure must have more of
-    them than ranks at the start: `start`, or the recipe's `ceiling`. A model under torch.compile needs them as well,
-    with `masked=True`; it does not let the gradient be seen, so that only the published rule works there.
+    them than ranks at the start: `start`, or the recipe's `ceiling`. Under torch.compile `masked=True` avoids compiling
+    anew at every round; the step whose gradient is sketched runs uncompiled.
 
     Args:
         k: how many ranks a layer gives or gets in one round, at most.
@@ -449,11 +457,15 @@ class ElaLoRA(Allocator):
             A, B = (t[self.live(layer)].to(torch.promote_types(t.dtype, torch.float32)) for t in factors)
             draw = seeded(self.seed, layer, self.done, "probe")
             self._probes[layer] = _Probe(self._hosts[layer], A, B.t(), self.k, draw)
+        self._stance = _eagerly()
 
     def _stop_listening(self) -> None:
         for probe in vars(self).get("_probes", {}).values():
             probe.handle.remove()
         self._probes = {}
+        if stance := vars(self).get("_stance"):
+            stance.__exit__(None, None, None)
+        self._stance = None
 
     @torch.no_grad()
     def _ask(self) -> None:
@@ -465,8 +477,7 @@ class ElaLoRA(Allocator):
             self._gains[layer] = S[: self.k].square().tolist()
         if not any(map(any, self._gains.values())):
             warnings.warn(
-                "ElaLoRA: no finite gradient came by in the step before a round, so no rank moves; in a model under "
-                "torch.compile take rule='published'",
+                "ElaLoRA: no finite gradient came by in the step before a round, so no rank moves",
                 UserWarning,
                 stacklevel=2,
             )
