@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import socket
 import traceback
-from pathlib import Path
+import warnings
 
 import numpy as np
 import pytest
@@ -214,3 +214,127 @@ def test_fsdp2_is_one_process(recipe, two, tmp_path):
     assert {row.name: row.rank for row in st.summary(model).rows} != alone["ranks"]
     assert st.compact(model) == alone["ranks"]
     np.testing.assert_allclose(model(x).detach(), alone["outputs"], rtol=1e-10, atol=1e-10)
+
+
+# ---------------------------------------------------------------- before the first step
+
+
+def calibrated(recipe, **options):
+    """What a recipe that starts from the data makes of this process's share of eight batches."""
+    several = distributed.is_initialized()
+    x, y = data()
+    batches = list(zip(x.split(8), y.split(8), strict=True))[distributed.get_rank() if several else 0 :: 1 + several]
+    model, targets = network(None), ["0", "2", "4"]
+    recipe, stats = st.calibrate.fit(
+        getattr(st, recipe)(**options), model, batches, lambda m, b: (m(b[0]) - b[1]).square().mean(), targets
+    )
+    st.adapt(model, recipe, targets, stats=stats)
+    return {row.name: row.rank for row in st.summary(model).rows}, state(model), dict(recipe.init)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        ("gora", {"rank": 4, "floor": 1, "ceiling": 8}),
+        ("gora", {"rank": 4, "floor": 1, "ceiling": 8, "importance": "union_frobenius_probes"}),
+        ("loraga", {"rank": 2}),
+    ],
+    ids=["gora", "gora-probes", "loraga"],
+)
+def test_calibration_is_that_of_one_process(recipe, options, two):
+    """Gradients of all batches together: the same ranks, and a start equal to rounding."""
+    ranks, tensors, init = calibrated(recipe, **options)
+    assert recipe != "gora" or len(set(ranks.values())) > 1
+    for found in two(calibrated, recipe, **options):
+        assert (found[0], found[2]) == (ranks, init)
+        close(found[1], tensors)
+
+
+def test_calibration_from_inputs_spans_what_one_process_finds(two):
+    ranks, tensors, _ = calibrated("eva", rank=3, rho=8.0)
+    for found in two(calibrated, "eva", rank=3, rho=8.0):
+        assert found[0] == ranks
+        for key in (key for key in tensors if key.endswith(".A")):
+            for A in (one := found[1][key], two_ := tensors[key]):
+                np.testing.assert_allclose(A @ A.T, np.eye(len(A)), atol=1e-10)
+            np.testing.assert_allclose(one.T @ one, two_.T @ two_, atol=1e-8)
+
+
+def test_a_gamma_that_is_tried_is_one_for_all(two):
+    found = two(calibrated, "gora", rank=4, floor=1, ceiling=8, gamma=None)
+    assert found[0][2] == found[1][2] and found[0][2]["gora"]["gamma"] is not None
+    close(found[0][1], found[1][1])
+
+
+# ---------------------------------------------------------------- slimtune train
+
+
+def images():
+    """Without dropout, whose masks are those of a process."""
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(24, 24),
+        nn.ReLU(),
+        nn.Linear(24, 24),
+        nn.ReLU(),
+        nn.Linear(24, 2),
+    )
+
+
+def run(config):
+    """As `slimtune train` does it."""
+    from slimtune.app import report
+    from slimtune.app.train import train
+
+    report.write_report = lambda run: None
+    train(config)
+
+
+def changes(folder):
+    """{layer: s dW}; which slot a rank has does not matter."""
+    model = images()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*saved on other base weights")
+        st.load(model, folder)
+    return {layer: host.adapters["default"].dense().detach() for layer, host in hosts(model).items()}
+
+
+METHODS = {
+    "adalora": {"rank": 2, "initial_rank": 4, "t_init": 2, "t_final": 3, "delta_t": 2},
+    "elalora": {"rank": 2, "ceiling": 4, "warmup": 1, "final": 2, "interval": 2},
+    "ardlora": {"rank": 3, "rows": 4, "most": 4, "heads": 1, "penalty": 2.0, "warmup": 2, "final": 3, "interval": 2},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_train_on_two_processes_makes_the_plan_of_one(method, two, tmp_path, monkeypatch):
+    """Batches of two processes, or twice as many of one."""
+    monkeypatch.setattr("slimtune.app.report.write_report", lambda run: None)
+    config = tinyrun.image_config(
+        tmp_path,
+        model_factory="test_distributed:images",
+        method=method,
+        method_options=METHODS[method],
+        target_modules=["0", "4", "6"],
+        modules_to_save=["8"],
+        augment=False,
+        max_steps=12,
+        eval_steps=12,
+        save_steps=12,
+        output_dir=str(tmp_path / "one"),
+    )
+    from slimtune.app.train import train
+
+    train(config)
+    two(run, config.model_copy(update={"gradient_accumulation_steps": 1, "output_dir": str(tmp_path / "two")}))
+    rounds = [tinyrun.events(tmp_path / number, "ranks") for number in ("one", "two")]
+    plans = [[{k: e.get(k) for k in ("step", "ranks", "heads")} for e in found] for found in rounds]
+    assert plans[0] == plans[1]
+    assert len({json.dumps(plan["ranks"]) for plan in plans[0]}) > 1
+    one, both = (changes(tmp_path / number / "adapter") for number in ("one", "two"))
+    assert one.keys() == both.keys() and len(one) == 3
+    for key, t in one.items():
+        assert (both[key] - t).norm() < 1e-3 * t.norm()
