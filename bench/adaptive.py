@@ -57,7 +57,7 @@ METHODS: dict[str, str] = {
     "lora": "{rank: 8}",
     "adalora": "{rank: 8}",
     "elalora": "{rank: 8}",
-    "ardlora": "{rank: 8, heads: 1}",
+    "ardlora": "{rank: 8, heads: 1, budget: 1.0}",
     "gora": "{rank: 8}",
     "lorapro": "{rank: 8}",
     "pissa": "{rank: 8}",
