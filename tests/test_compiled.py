@@ -95,3 +95,47 @@ def test_switching_adapters_recompiles_once_and_is_right():
         torch.testing.assert_close(compiled(ids), y, rtol=1e-5, atol=1e-5)
         with st.disabled(model):
             torch.testing.assert_close(compiled(ids), base, rtol=1e-5, atol=1e-5)
+
+
+MASKED = {
+    "adalora": lambda: st.adalora(rank=2, initial_rank=4, t_init=2, t_final=4, delta_t=2),
+    "adalora-for-good": lambda: st.adalora(rank=2, initial_rank=4, t_init=2, t_final=4, delta_t=2, regrow=False),
+    "elalora": lambda: st.elalora(rank=3, ceiling=5, rule="published", warmup=2, final=3, interval=2),
+    "ardlora": lambda: st.ardlora(rank=3, rows=4, most=4, heads=2, penalty=2.0, warmup=2, final=3, interval=2),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_ranks_switched_off_and_on_do_not_recompile(name):
+    """Masked capacity: one graph for all of training, the numbers of a run not compiled, compacted at the end."""
+    recipe, steps, ends, counter = MASKED[name](), 14, [], Counter()
+    targets = ["up", "down", "hf"]
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = Chain().double()
+        st.adapt(model, recipe, targets)
+        run = torch.compile(model, backend=counter, fullgraph=True) if compiled else model
+        optimizer = torch.optim.AdamW(st.param_groups(model, lr=0.01))
+        controllers = st.controllers_of(recipe, steps)
+        for controller in controllers:
+            if hasattr(controller, "masked"):
+                controller.masked = True
+        attached = [st.attach(controller, model, optimizer) for controller in controllers]
+        ids, plans, outputs = Chain.ids(), [], []
+        for _ in range(steps):
+            optimizer.zero_grad()
+            y = run(ids)
+            y.square().sum().backward()
+            optimizer.step()
+            outputs.append(y.detach())
+            plans += [note["ranks"] for c in controllers if (note := c.note())]
+        ranks = [row.rank for row in st.summary(model).rows]
+        assert len(set(ranks)) == 1 and any(len(set(plan.values())) > 1 for plan in plans)
+        if compiled:
+            assert counter.graphs == 1
+        for one in attached:
+            one.finish()
+        assert {row.name: row.rank for row in st.summary(model).rows} == plans[-1]
+        ends.append((plans, torch.stack(outputs), model(ids).detach()))
+    assert ends[0][0] == ends[1][0]
+    torch.testing.assert_close(ends[0][1:], ends[1][1:], rtol=1e-9, atol=1e-10)
