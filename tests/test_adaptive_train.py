@@ -11,7 +11,9 @@ import torch
 import slimtune as st
 import tinyrun
 from slimtune.app import checkpoint
+from slimtune.app.inspect import inspect
 from slimtune.app.train import train
+from slimtune.app.verify import verify
 from slimtune.ranks import compact, resize
 from slimtune.targets import hosts
 from tinyrun import events, image_config, same, text_config, weights
@@ -189,6 +191,12 @@ def test_methods_resume_exactly(method, llama, text, tmp_path):
     _, ranks = resumes(cfg, tmp_path, steps)
     moved = [row["name"] for row in ranks if row["rank"] != row["start_rank"]]
     assert bool(moved) == bool(events(tmp_path / "run", "ranks")) == (method in MOVING)
+    found = inspect(tmp_path / "run")
+    assert [(row.name, row.rank, row.parameters) for row in found.rows] == [
+        (row["name"], row["rank"], row["parameters"]) for row in ranks
+    ]
+    report = verify(tmp_path / "run")
+    assert report.ok, report
 
 
 def test_ranks_and_values_from_the_data(llama, text, tmp_path, monkeypatch):
@@ -263,9 +271,10 @@ def test_starts_that_take_long_tell_how_far_they_are(llama, text, tmp_path, monk
     monkeypatch.setattr(method, "meter", meter)
     options = {"method": "pissa", "method_options": {"rank": 2}, "max_steps": 2}
     cfg = text_config(llama, text, tmp_path / "run", **options)
-    train(cfg)
+    result = train(cfg)
     layers = len(json.loads((tmp_path / "run" / "ranks.json").read_text()))
     assert counted == [("initialising", i, layers) for i in range(1, layers + 1)]
     cut(tmp_path / "run", tmp_path / "cut", 1)
     train(cfg.model_copy(update={"output_dir": str(tmp_path / "cut")}))
     same(tmp_path / "run", tmp_path / "cut")
+    assert inspect(tmp_path / "run").parameters == result.metrics["trainable_parameters"]  # not the frozen start

@@ -16,6 +16,8 @@ from slimtune.errors import FileFormatError, SlimtuneError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from slimtune.io import LayerEntry
+
 
 @dataclass(frozen=True)
 class Row:
@@ -136,10 +138,13 @@ def _inspect_adapter(folder: Path, path: str, model: str | None) -> Inspection:
         notes.append(f"no norms: the base model is not at hand ({error})")
     rows = []
     for name, entry in description.layers.items():
-        own = [t for key, t in tensors.items() if key.startswith((f"{name}.structure.", f"{name}.composition."))]
+        parts = (f"{name}.structure.", f"{name}.composition.")
+        held = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(parts)}
         norm, share, stable = measured.get(name, (None, None, None))
         options = dict(entry.recipe.options)
-        rows.append(Row(name, entry.recipe.name, options.get("rank"), *_size(own), norm, share, stable, options))
+        rank, trained = _built(entry, held)
+        size = _size(list(held.values()))[1]
+        rows.append(Row(name, entry.recipe.name, rank, trained, size, norm, share, stable, options))
     for name in description.saved:
         own = [t for key, t in tensors.items() if key.startswith(f"{name}.saved.")]
         rows.append(Row(name, "full", None, *_size(own), *measured.get(name, (None, None, None))))
@@ -147,6 +152,20 @@ def _inspect_adapter(folder: Path, path: str, model: str | None) -> Inspection:
     size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     total = sum(row.parameters for row in rows)
     return Inspection(path, "adapter", model or base.get("name_or_path"), rows, total, size, notes)
+
+
+def _built(entry: LayerEntry, tensors: Mapping[str, Tensor]) -> tuple[int | None, int]:
+    """The rank of a layer's adapter and how many of the numbers in the file are parameters; what the file alone says
+    where it does not tell the layer's sizes."""
+    from slimtune.layers import Adapter
+
+    try:
+        if entry.shape is None:
+            raise FileFormatError("no shape")
+        adapter = Adapter(entry.recipe, entry.shape[0], math.prod(entry.shape[1:]), device="meta")
+    except (SlimtuneError, RuntimeError, OverflowError, TypeError):  # sizes that cannot be, for loading to tell
+        return entry.recipe.options.get("rank"), _size(list(tensors.values()))[0]
+    return adapter.structure.rank, sum(tensors[key].numel() for key, _ in adapter.named_parameters() if key in tensors)
 
 
 def _inspect_model(folder: Path, path: str) -> Inspection:
