@@ -180,8 +180,8 @@ CASES: dict[str, Case] = {
         lambda st: st.ardlora(rank=4, alpha=8, warmup=0),
         None,
         {"step": {"fp32": 1.10, "bf16": 1.12}},
-        "Head by head in attention, while the gates train: 4 ranks and 2 spare ones each, 8 % fewer numbers than LoRA's "
-        "at rank 16; the controller's share is in it.",
+        "Head by head in attention, while the gates train: 4 ranks and 2 spare ones each, 8 % fewer numbers than "
+        "LoRA's at rank 16; the controller's share is in it.",
     ),
     "ardlora_layers": Case(
         lambda st: st.ardlora(rank=14, alpha=28, heads=1, warmup=0),
