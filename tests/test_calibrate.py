@@ -277,6 +277,27 @@ def test_nothing_is_left_behind_and_two_runs_agree():
     unchanged(before, snapshot(model))
 
 
+def test_random_losses_repeat_in_every_pass():
+    """Masks drawn in the loss are the same in the pass for Q and in that for Q^T G."""
+
+    def loss(model, x):
+        return (model(x) * torch.rand(8)).square().mean()
+
+    options = {"sketch": 16, "directions": 8, "importance": ["gradient_frobenius"]}
+    first, second = (st.calibrate.gradients(toy(), rows(2), loss, TOY, **options) for _ in range(2))
+    for n in TOY:
+        s = first[n]
+        assert torch.equal(s.sketch, second[n].sketch) and torch.equal(s.right, second[n].right)
+        same(s.right @ s.projection.t(), s.left.t() @ s.sketch, 1e-10)
+
+
+def test_work_in_place_behind_a_layer():
+    model, plain = (nn.Sequential(nn.Linear(16, 24), nn.ReLU(inplace=i), nn.Linear(24, 8)) for i in (True, False))
+    plain.load_state_dict(model.state_dict())
+    a, b = (st.calibrate.gradients(m, rows(2, torch.float32), square, TOY, sketch=4) for m in (model, plain))
+    assert all(torch.equal(a[n].sketch, b[n].sketch) and b[n].sketch.any() for n in TOY)
+
+
 def broken(model, batch):
     model(batch)
     raise RuntimeError("inside")
@@ -370,6 +391,14 @@ def test_autocast_in_the_loss_leaves_the_sums_fp32():
     for n in TOY:
         assert half[n].sketch.dtype == torch.float32
         assert (half[n].sketch - exact[n].sketch).norm() < 0.02 * exact[n].sketch.norm()
+
+    def total(model, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(x).float().sum()
+
+    x = torch.full((1, 1), 1 + 2.0**-12)  # bf16 would make it 1
+    s = st.calibrate.gradients(nn.Sequential(nn.Linear(1, 1)), [x], total, ["0"], sketch=1)["0"]
+    assert float(s.sketch / s.projection) == pytest.approx(1 + 2.0**-12, rel=1e-6)
 
 
 def test_a_new_adapter_is_calibrated_on_top_of_the_active_ones():
