@@ -216,6 +216,30 @@ def test_fsdp2_is_one_process(recipe, two, tmp_path):
     np.testing.assert_allclose(model(x).detach(), alone["outputs"], rtol=1e-10, atol=1e-10)
 
 
+def resized(how="alone"):
+    """Plain LoRA whose ranks are changed by hand, DDP wrapped anew."""
+    world, rank = (2, distributed.get_rank()) if how != "alone" else (1, 0)
+    wrap = nn.parallel.DistributedDataParallel if how == "ddp" else lambda model: model
+    model = network(st.lora(rank=4))
+    runner = wrap(model)
+    optimizer = torch.optim.AdamW(st.param_groups(model, lr=1e-2))
+    x, y = data()
+    for number in range(12):
+        optimizer.zero_grad()
+        (runner(x[rank::world]) - y[rank::world]).square().mean().backward()
+        optimizer.step()
+        if number in (3, 7):
+            st.resize(model, {"0": 2 + number, "2": 1}, optimizer)
+            runner = wrap(model)
+    return state(model)
+
+
+def test_ranks_changed_by_hand_under_ddp(two):
+    alone = resized()
+    for found in two(resized, "ddp"):
+        close(found, alone)
+
+
 # ---------------------------------------------------------------- before the first step
 
 

@@ -316,29 +316,64 @@ def test_a_loss_that_is_still_alive(ranks):
     assert seen == [(ranks["0"], 16)]
 
 
+@pytest.mark.parametrize("rank", [3, 1, 6])
 @pytest.mark.parametrize("library", ["torch", "transformers"])
-def test_factored_moments_start_afresh_and_say_so(library):
-    """Rows of Adafactor's sums over the other dimension cannot be told apart."""
+def test_factored_moments(library, rank):
+    """Adafactor's means over the other dimension are cut and extended, those over ranks stay."""
     model, x, y = toy(CORE)
     shake(model, 0.1)
     if library == "torch":
         optimizer = torch.optim.Adafactor(st.param_groups(model, lr=1e-2), lr=1e-2)
+        names = {"row_var": 1, "col_var": 0}
     else:
         adafactor = pytest.importorskip("transformers").Adafactor
         optimizer = adafactor(st.param_groups(model, lr=1e-2), lr=1e-2, relative_step=False, scale_parameter=False)
+        names = {"exp_avg_sq_row": 1, "exp_avg_sq_col": 0}
     for _ in range(3):
         step(model, x, y, optimizer)
-    other = copy.deepcopy(optimizer.state[structures(model)["2"].A])
-    with pytest.warns(UserWarning, match="Adafactor keeps state of another shape"):
-        st.resize(model, {"0": 6}, optimizer)
-    first = structures(model)["0"]
-    assert first.A not in optimizer.state and first.B not in optimizer.state
-    assert first.core in optimizer.state  # a vector's is not factored
-    assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(other[k])) for k, v in other.items())
+    structure = structures(model)["0"]
+    keep = torch.tensor(sorted(rank_sizes(structure).argsort(descending=True)[:rank].tolist()))
+    before = {key: copy.deepcopy(optimizer.state[p]) for key, p in structure.named_parameters()}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert math.isfinite(step(model, x, y, optimizer))
-        assert math.isfinite(step(model, x, y, optimizer))
+        st.resize(model, {"0": rank}, optimizer)
+        for name, over in names.items():
+            for key, dim in (("A", 0), ("B", 1)):
+                old, new = before[key][name], optimizer.state[getattr(structure, key)][name]
+                if over == dim:
+                    assert torch.equal(new, old)
+                    continue
+                old, new = old.flatten(), new.flatten()
+                assert torch.equal(new, torch.cat([old[keep], old[keep].mean().expand(rank - len(keep))]))
+        assert all(math.isfinite(step(model, x, y, optimizer)) for _ in range(2))
+        st.resize(model, {"0": 5}, optimizer)
+        assert all(math.isfinite(step(model, x, y, optimizer)) for _ in range(2))
+
+
+class Blocks(torch.optim.AdamW):
+    """Keeps something in blocks, as 8-bit optimizers do."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for p, state in self.state.items():
+            state["absmax"] = torch.ones(2 + p.numel() // 256)
+
+
+def test_moments_that_cannot_be_told_apart_start_afresh():
+    model, x, y = toy()
+    optimizer = Blocks(st.param_groups(model, lr=1e-2))
+    for _ in range(3):
+        step(model, x, y, optimizer)
+    first, second = structures(model).values()
+    other = copy.deepcopy(optimizer.state[second.A])
+    with pytest.warns(UserWarning, match="Blocks keeps state of another shape"):
+        st.resize(model, {"0": 6}, optimizer)
+    assert first.A not in optimizer.state and first.B not in optimizer.state
+    assert all(torch.equal(v, other[k]) for k, v in optimizer.state[second.A].items())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert all(math.isfinite(step(model, x, y, optimizer)) for _ in range(2))
+    assert optimizer.state[first.A]["step"] == 2 and optimizer.state[second.A]["step"] == 5
 
 
 def test_several_optimizers_and_wrapped_ones():

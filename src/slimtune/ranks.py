@@ -24,6 +24,9 @@ SECOND_MOMENTS = frozenset(
 )
 """State that the length of an optimizer's step comes from; a new rank starts at the mean of the kept ones."""
 
+FACTORED = {"row_var": -1, "col_var": -2, "exp_avg_sq_row": -1, "exp_avg_sq_col": -2}
+"""Adafactor's second moments, torch's and transformers': the dimension of the parameter they are means over."""
+
 
 def seeded(*key: object) -> torch.Generator:
     """A generator on the CPU whose seed is a hash of `key`: the same on every process, device and run."""
@@ -47,8 +50,8 @@ def change_ranks(
     Args:
         keep: indices of present ranks.
         new: {name in `structure.rank_dims`: values of the new ranks}; none when None.
-        optimizers: those that hold the parameters. One whose state of a parameter is of another shape (Adafactor's
-            factored moments, 8-bit blocks) starts that parameter's state afresh.
+        optimizers: those that hold the parameters. One whose state of a parameter is of a shape unknown here (8-bit
+            blocks) starts that parameter's state afresh. Adafactor's means over ranks stay as they are.
 
     Raises:
         StructureError: a structure whose ranks cannot change, indices of ranks it does not have or twice the same,
@@ -123,7 +126,8 @@ def _change(
         state = optimizer.state.get(p)
         if not state:
             continue
-        if any(torch.is_tensor(v) and v.numel() > 1 and v.shape != shape for v in state.values()):
+        places = {key: _rank_dim(key, v, shape, dim) for key, v in state.items()}
+        if None in places.values():
             warnings.warn(
                 f"{type(optimizer).__name__} keeps state of another shape than its parameters; the moments of a "
                 "parameter whose rank changes start afresh",
@@ -132,13 +136,28 @@ def _change(
             )
             del optimizer.state[p]
             continue
-        for key, v in state.items():
-            if torch.is_tensor(v) and v.shape == shape:
-                fill = zeros
-                if zeros is not None and key in SECOND_MOMENTS:
-                    kept = v.index_select(dim, index) if len(index) else v
-                    fill = kept.mean(dim, keepdim=True).expand_as(zeros)
-                state[key] = _joined(v, index, dim, None if fill is None else fill.to(v))
+        for key, at in places.items():
+            if at is not None and at >= 0:
+                v = state[key]
+                fill = None
+                if extra is not None:
+                    size = [*v.shape[:at], extra.shape[dim], *v.shape[at + 1 :]]
+                    mean = (v.index_select(at, index) if len(index) else v).mean(at, keepdim=True)
+                    fill = mean.expand(size) if key in SECOND_MOMENTS or key in FACTORED else v.new_zeros(size)
+                state[key] = _joined(v, index, at, fill)
+
+
+def _rank_dim(key: str, v: object, shape: torch.Size, dim: int) -> int | None:
+    """The dimension of an optimizer's state that counts the ranks of a parameter of this shape, with ranks in `dim`; -1
+    if it does not count them, None if that cannot be told."""
+    if not torch.is_tensor(v) or not v.dim():
+        return -1
+    if key in FACTORED and len(shape) > 1:
+        gone = len(shape) + FACTORED[key]
+        return -1 if gone == dim else dim - (gone < dim and v.dim() < len(shape))
+    if v.shape == shape:
+        return dim
+    return -1 if v.numel() == 1 else None
 
 
 def rank_sizes(structure: Structure) -> Tensor:
@@ -163,7 +182,8 @@ def resize(
     """Give layers other ranks, in place, between two steps; the rest of training goes on as it was.
 
     A layer that shrinks keeps its largest ranks (`rank_sizes`), so dW changes by what it loses; one that grows
-    computes the same as before. The scale stays what it was: alpha / R of the rank at the start.
+    computes the same as before. The scale stays what it was: alpha / R of the rank at the start. Under DDP every process
+    does so and wraps the model anew, whose buckets hold the old shapes.
 
     Args:
         ranks: {layer: R}; layers not named keep theirs.
