@@ -10,8 +10,9 @@ import torch.utils.checkpoint
 from torch import nn
 
 import slimtune as st
+from cases import One, kinds, shake
 from slimtune.controllers.allocator import Change
-from slimtune.controllers.elalora import exchange, exchange_by_gain, moving, outside
+from slimtune.controllers.elalora import Residual, exchange, exchange_by_gain, moving, outside
 
 # ---------------------------------------------------------------- the plan of one round
 
@@ -129,6 +130,30 @@ def test_new_direction_is_orthogonal_where_the_published_one_is_not():
     Q = torch.linalg.qr(A.t())[0]
     assert (Q.t() @ outside(Q, v, exact=False)).abs().max() < 1e-6
     assert outside(A.t(), v).norm() == pytest.approx(1.0, abs=1e-5)
+
+
+@kinds
+def test_sketch_gives_the_residual_gradient(layer):
+    """(I - P_B) G (I - P_A) by definition, from the weight's own gradient."""
+    torch.manual_seed(0)
+    model = One(layer.make().double())
+    st.adapt(model, st.elalora(rank=3), ["layer"])
+    shake(model)
+    host, x = model.layer, layer.inputs(torch.float64)
+    structure = host.adapters["default"].structure
+    A, B = structure.A.detach(), structure.B.detach()
+    residual = Residual(host, A, B, 2, torch.Generator().manual_seed(0))
+    host.weight.requires_grad_(True)
+    for part in (x[:1], x[1:]):  # two passes of one step
+        y = model(part)
+        (y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y).sin()).sum().backward()
+    G = host.layout(host)._oriented(host.weight.grad)
+    R = G - B @ torch.linalg.pinv(B) @ G
+    R = R - R @ torch.linalg.pinv(A) @ A
+    U, S, V = residual.triples()
+    assert S[0] > 1e-3
+    torch.testing.assert_close((U * S) @ V, R, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(S, torch.linalg.svdvals(R)[: len(S)], rtol=1e-9, atol=1e-10)
 
 
 # ---------------------------------------------------------------- the controller on a small model
@@ -508,6 +533,24 @@ def test_layers_of_rank_one_grow():
         ranks[rule] = {row.name: row.rank for row in st.summary(model).rows}
     assert ranks["published"]["busy"] == 1
     assert ranks["improved"] == {"busy": 6, "idle": 1}
+
+
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys")
+def test_peft_reads_ranks_of_different_size(tmp_path):
+    peft = pytest.importorskip("peft")
+    model, handles = run(shapes=EQUAL, b=2, alpha=5)
+    for handle in handles:
+        handle.finish()
+    ranks = ranks_of(model)
+    assert ranks != [4, 4, 4]
+    st.save(model, tmp_path)
+    x, _ = batch_of(model, 99)
+    expected = model(x).detach()
+    st.remove(model, "default")
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
+    assert (loaded(x) - expected).abs().max() < 1e-6
+    st.load(model, tmp_path)
+    assert ranks_of(model) == ranks and torch.equal(model(x), expected)
 
 
 def test_checkpointed_layers_are_sketched_as_well():

@@ -183,10 +183,14 @@ class _Listening:
         return torch.zeros((), dtype=like.dtype, device=like.device, requires_grad=True)
 
 
-class _Probe:
-    """The leading singular triples of a layer's residual gradient (I - P_B) G (I - P_A), P the projections onto the
-    spans of B's columns and A's rows, from one pass: G Omega^T and Psi^T G, as in Tropp et al. 2017, arXiv 1609.00048,
-    algorithm 4."""
+class Residual:
+    """Listens to a layer for its residual gradient (I - P_B) G (I - P_A), with G = dL/dW, (O, I), and P the projections
+    onto the spans of B's columns and A's rows.
+
+    Kept are the sums G Omega^T, (O, K), and Psi^T G, (2 K, I), over the passes of one step, with random Omega and Psi
+    and K = `count` + 4: a sketch from which its leading singular triples follow, as in Tropp et al. 2017, arXiv
+    1609.00048, algorithm 4; exactly, where K is at least its rank.
+    """
 
     def __init__(self, host: Host, A: Tensor, B: Tensor, count: int, generator: torch.Generator) -> None:
         room = min(A.shape[1] - len(A), len(B) - B.shape[1])
@@ -378,7 +382,7 @@ class ElaLoRA(Allocator):
             )
 
     def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self._probes: dict[str, _Probe]
+        self._probes: dict[str, Residual]
         self._stop_listening()
         super().begin(model, optimizer)
         found = hosts(model)
@@ -456,7 +460,7 @@ class ElaLoRA(Allocator):
             factors = (whole(getattr(structure, name)).movedim(dim, 0) for name, dim in (("A", 0), ("B", 1)))
             A, B = (t[self.live(layer)].to(torch.promote_types(t.dtype, torch.float32)) for t in factors)
             draw = seeded(self.seed, layer, self.done, "probe")
-            self._probes[layer] = _Probe(self._hosts[layer], A, B.t(), self.k, draw)
+            self._probes[layer] = Residual(self._hosts[layer], A, B.t(), self.k, draw)
         self._stance = _eagerly()
 
     def _stop_listening(self) -> None:
