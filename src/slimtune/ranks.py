@@ -182,8 +182,8 @@ def resize(
     """Give layers other ranks, in place, between two steps; the rest of training goes on as it was.
 
     A layer that shrinks keeps its largest ranks (`rank_sizes`), so dW changes by what it loses; one that grows
-    computes the same as before. The scale stays what it was: alpha / R of the rank at the start. Under DDP every process
-    does so and wraps the model anew, whose buckets hold the old shapes.
+    computes the same as before. The scale stays what it was: alpha / R of the rank at the start. Under DDP every
+    process does so and wraps the model anew, whose buckets hold the old shapes.
 
     Args:
         ranks: {layer: R}; layers not named keep theirs.
