@@ -10,6 +10,7 @@ from torch import nn
 
 import slimtune as st
 from slimtune.ops.lorapro import X_CHOICES, adjusted_gradients, carried, retracted, tangent
+from test_distributed import Two
 
 O, I, R, S = 12, 10, 3, 1.7
 STARTS = {"moved": (1.0, 1.0), "B=0": (1.0, 0.0), "A=0": (0.0, 1.0)}
@@ -825,6 +826,66 @@ def test_transformers_trainer(form, tmp_path):
     assert all(torch.equal(state[k], other[k]) for k in state)
     losses = [row["loss"] for row in straight.state.log_history if "loss" in row]
     assert losses[-1] < losses[0] and len(losses) == 6
+
+
+# ---------------------------------------------------------------- two processes
+
+
+@pytest.fixture(scope="module")
+def processes():
+    pair = Two()
+    yield pair
+    pair.stop()
+
+
+def steps_of(form, how):
+    """Three steps on this process's share of each batch; the change of each layer, gathered."""
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, x, y = layer(layers=2, sizes=(O, O))
+    runner = model
+    if how == "fsdp":
+        mesh = init_device_mesh("cpu", (2,))
+        for m in model:
+            fully_shard(m, mesh=mesh)
+        runner = fully_shard(model, mesh=mesh)
+    elif how == "ddp":
+        runner = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    optimizer = torch.optim.AdamW(st.param_groups(model, lr=0.01))
+    st.attach(st.LoRAPro(form), model, optimizer)
+    share = slice(None) if how == "alone" else slice(distributed.get_rank(), None, 2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (runner(x[share]) - y[share]).square().mean().backward()
+        optimizer.step()
+    whole = [adapter_of(model, k).structure.pair() for k in (0, 1)]
+    gathered = [[t.full_tensor() if hasattr(t, "full_tensor") else t for t in (p.B, p.A)] for p in whole]
+    return [(B @ A).detach().numpy() for B, A in gathered]
+
+
+def refused(form):
+    try:
+        steps_of(form, "fsdp")
+    except st.SlimtuneError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("form", "how"), [("factors", "ddp"), ("factors", "fsdp"), ("full", "ddp"), ("lean", "ddp")], ids="-".join
+)
+def test_two_processes_step_as_one(processes, form, how):
+    alone = steps_of(form, "alone")
+    for changes in processes(steps_of, form, how):
+        for ours, expected in zip(changes, alone, strict=True):
+            torch.testing.assert_close(torch.as_tensor(ours), torch.as_tensor(expected), rtol=1e-7, atol=1e-9)
+
+
+def test_the_forms_that_step_by_themselves_refuse_shards(processes):
+    for words in processes(refused, "lean"):
+        assert words.startswith("0, adapter 'default': A is sharded, which LoRAPro's form='lean' cannot step")
 
 
 # ---------------------------------------------------------------- refusals

@@ -17,6 +17,7 @@ from ..structures import Factored
 from ..structures.base import Pair
 from ..targets import hosts
 from .base import Controller
+from .sharding import like, whole
 
 __all__ = ["LoRAPro"]
 
@@ -77,7 +78,8 @@ class LoRAPro(Controller):
 
     It acts on clipped gradients: what the clipping measures are LoRA's own. Under a Magnitude (DoRA) it is the
     gradient of W + s B A that is met, not that of the rescaled weight. Dropout of the input is fine; with
-    `rank_dropout` the gradients of B and A belong to no common one and the promises hold in the mean only.
+    `rank_dropout` the gradients of B and A belong to no common one and the promises hold in the mean only. Factors that
+    FSDP2 shards are gathered for "factors"; the other forms refuse them.
 
     Args:
         form: "factors", "full" or "lean".
@@ -93,8 +95,10 @@ class LoRAPro(Controller):
 
     Raises:
         StructureError: an option outside its range; when attached, a layer whose structure is no pair of factors.
-        SlimtuneError: when attached, nothing to act on, a factor that the optimizer does not hold, a sharded one, or
-            two learning rates where one is needed; an optimizer that undoes loss scaling inside its fused step.
+        SlimtuneError: when attached, nothing to act on, a factor that the optimizer does not hold, two learning rates
+            where one is needed, or sharded factors where whole ones are; in a step, an optimizer that undoes loss
+            scaling inside its fused step, where that cannot be.
+        DivergenceError: factors that are no longer finite.
 
     Example:
         >>> import slimtune as st
@@ -156,11 +160,9 @@ class LoRAPro(Controller):
                 f"({adapter.recipe.name}) is not of that form"
             )
         for key, p in (("A", pair.A_parameter), ("B", pair.B_parameter)):
-            if hasattr(p, "full_tensor"):
-                raise SlimtuneError(
-                    f"{name}: {key} is sharded, and LoRAPro needs the products B^T B and A A^T of whole factors; "
-                    "leave the adapters out of the sharding (ignored_params of fully_shard)"
-                )
+            if hasattr(p, "full_tensor") and (self.form != "factors" or self.retract):
+                what = "retract" if self.form == "factors" else f"form={self.form!r}"
+                raise SlimtuneError(f"{name}: {key} is sharded, which LoRAPro's {what} cannot step; use form='factors'")
             if not p.requires_grad or id(p) not in group:
                 where = "is not among the optimizer's parameters" if p.requires_grad else "is frozen"
                 raise SlimtuneError(f"{name}: LoRAPro needs both factors trained by the optimizer, and {key} {where}")
@@ -176,7 +178,7 @@ class LoRAPro(Controller):
         batches = self._stacked()
         for batch in batches if self.form == "factors" else ():
             for side, new in enumerate(self._adjusted(batch, batch.gA, batch.gB)):
-                torch._foreach_copy_([g[side] for g in batch.grads], list(new.unbind()))
+                _copy([g[side] for g in batch.grads], list(new.unbind()))
         if self.form != "factors":
             self._check_rates()
             for batch in batches:
@@ -328,14 +330,22 @@ class LoRAPro(Controller):
                     [layer for layer, _ in rows],
                     [(p.A_parameter, p.B_parameter) for _, p in rows],
                     grads,
-                    torch.stack([p.A for _, p in rows]),
-                    torch.stack([p.B for _, p in rows]),
-                    torch.stack([a for a, _ in grads]),
-                    torch.stack([b for _, b in grads]),
+                    torch.stack([whole(p.A) for _, p in rows]),
+                    torch.stack([whole(p.B) for _, p in rows]),
+                    torch.stack([whole(a) for a, _ in grads]),
+                    torch.stack([whole(b) for _, b in grads]),
                     torch.stack([layer.adapter.scale for layer, _ in rows])[:, None, None],
                 )
             )
         return batches
+
+
+def _copy(grads: list[Tensor], new: list[Tensor]) -> None:
+    if not any(hasattr(g, "full_tensor") for g in grads):
+        torch._foreach_copy_(grads, new)
+        return
+    for g, h in zip(grads, new, strict=True):
+        g.copy_(like(h, g))
 
 
 def _factors(batch: _Batch) -> tuple[Tensor, Tensor]:
