@@ -90,7 +90,7 @@ def _vjp(host: Host, x: Tensor, delta: Tensor, B: Tensor, A: Tensor, wanted: str
     return torch.autograd.grad(y, p, delta.to(y.dtype))[0]
 
 
-class _Left(_Product):
+class Left(_Product):
     """G A^T, (O, K), for A (K, I)."""
 
     def __init__(self, A: Tensor) -> None:
@@ -110,7 +110,7 @@ class _Left(_Product):
         return _vjp(host, kept, delta, self.A.new_zeros(O, len(self.A)), self.A, "B")
 
 
-class _Right(_Product):
+class Right(_Product):
     """Q^T G, (K, I), for Q (O, K); G itself for Q None."""
 
     def __init__(self, Q: Tensor | None, dtype: torch.dtype) -> None:
@@ -162,7 +162,7 @@ class _Kept(torch.autograd.Function):
         raise NotImplementedError
 
 
-class _Tap:
+class Tap:
     """What listens to one layer."""
 
     def __init__(self, host: Host, products: Sequence[_Product], run: _Run) -> None:
@@ -222,7 +222,7 @@ class _Run:
 
     def gradients(self, batches: Iterable[Any], products: Products, done: Callable[[], None]) -> int:
         """Make every product's total the mean over the batches of all processes; the number of this one's."""
-        taps = {n: _Tap(self.layers[n], list(p.values()), self) for n, p in products.items() if p}
+        taps = {n: Tap(self.layers[n], list(p.values()), self) for n, p in products.items() if p}
         handles = [
             self.layers[n].register_forward_hook(tap.forward, with_kwargs=True, prepend=True) for n, tap in taps.items()
         ]
@@ -243,9 +243,9 @@ class _Run:
         self._finish(taps, weights)
         return number + 1
 
-    def _finish(self, taps: dict[str, _Tap], weights: float) -> None:
+    def _finish(self, taps: dict[str, Tap], weights: float) -> None:
         reached = torch.tensor([float(tap.calls) for tap in taps.values()] + [weights], dtype=torch.float64)
-        reached = _summed(reached, self.layers)
+        reached = summed(reached, self.layers)
         weights = reached[-1].item()
         if weights <= 0:
             raise DataError("calibrate: no batches; expected at least one")
@@ -263,7 +263,7 @@ class _Run:
                 if product.total is None:
                     product.start(host, _home(host))
                 assert product.total is not None
-                product.total = _summed(product.total, self.layers).div_(weights)
+                product.total = summed(product.total, self.layers).div_(weights)
                 if not product.total.isfinite().all():
                     raise DivergenceError(f"calibrate: the gradient of {layer!r} is not finite")
 
@@ -277,7 +277,7 @@ def _several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _summed(t: Tensor, layers: Mapping[str, Host]) -> Tensor:
+def summed(t: Tensor, layers: Mapping[str, Host]) -> Tensor:
     """The sum over all processes."""
     if not _several():
         return t
@@ -461,17 +461,17 @@ def gradients(
                 if stage == 0:
                     rows = max(sketch, k, 16 if "gradient_frobenius_sketch" in importance else 0)
                     if rows:
-                        products[n]["sketch"] = _Left(_projection(rows, I, seed, n).to(dtype))
+                        products[n]["sketch"] = Left(_projection(rows, I, seed, n).to(dtype))
                     if "union_frobenius_probes" in importance:
                         signs = torch.rand(probes, I, generator=seeded(seed, n, "signs")).sub_(0.5).sign_()
                         products[n]["probes"] = _Probed(signs.to(dtype))
                 elif stage < turns and own.left is not None:
                     if stage % 2:
-                        products[n]["right"] = _Right(own.left, dtype)
+                        products[n]["right"] = Right(own.left, dtype)
                     else:
-                        products[n]["left"] = _Left(torch.linalg.qr(own.right.t())[0].t())  # type: ignore[union-attr]
+                        products[n]["left"] = Left(torch.linalg.qr(own.right.t())[0].t())  # type: ignore[union-attr]
                 if stage < len(groups) and n in groups[stage]:
-                    products[n]["whole"] = _Right(None, dtype)
+                    products[n]["whole"] = Right(None, dtype)
             count = run.gradients(batches, products, done)
             for n, host in run.layers.items():
                 k = min(directions, *host.layout.sizes(host))
@@ -786,7 +786,7 @@ def _tried(
                     losses[i] = value[0] if isinstance(value, tuple) else value
             finally:
                 remove(run.model, TRIAL)
-        losses = _summed(losses, run.layers)
+        losses = summed(losses, run.layers)
     return trials[int(losses.nan_to_num(math.inf).argmin())]
 
 

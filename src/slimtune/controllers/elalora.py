@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibrate import _Left, _Right, _summed, _Tap
+from ..calibrate import Left, Right, Tap, summed
 from ..errors import StructureError
 from ..layers import Host
 from ..ranks import seeded
@@ -200,7 +200,7 @@ class Residual:
         Psi = torch.randn(len(B), 2 * width, generator=generator).to(B)
         self.Omega = (Omega - self.QA @ (self.QA.t() @ Omega)).t().contiguous()  # (K, I)
         self.Psi = Psi - self.QB @ (self.QB.t() @ Psi)  # (O, 2 K)
-        self.tap = _Tap(host, [_Left(self.Omega), _Right(self.Psi, A.dtype)], _Listening())  # type: ignore[arg-type]
+        self.tap = Tap(host, [Left(self.Omega), Right(self.Psi, A.dtype)], _Listening())  # type: ignore[arg-type]
         self.handle = host.register_forward_hook(self.tap.forward, with_kwargs=True, prepend=True)
 
     def triples(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,7 +208,7 @@ class Residual:
         for product in self.tap.products:
             if product.total is None:
                 product.start(self.tap.host, self.QA.device)
-            product.total = _summed(product.total, {"": self.tap.host})  # type: ignore[arg-type]
+            product.total = summed(product.total, {"": self.tap.host})  # type: ignore[arg-type]
         Y, Z = (product.total for product in self.tap.products)
         if not (Y.isfinite().all() and Z.isfinite().all()):  # type: ignore[union-attr]
             Y, Z = torch.zeros_like(Y), torch.zeros_like(Z)  # type: ignore[arg-type]
