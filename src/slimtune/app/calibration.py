@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from slimtune.app.config import TrainConfig
 from slimtune.app.tasks import Task
 from slimtune.app.trainer import random_state_kept
+from slimtune.errors import ConfigError
 from slimtune.initialisers import Stats
 from slimtune.recipe import Recipe
 
@@ -53,6 +54,8 @@ def calibrate(cfg: TrainConfig, task: Task, recipe: Recipe, device: torch.device
     """
     from slimtune import calibrate as calibration
 
+    if cfg.gradient_checkpointing and not hasattr(task.model, "gradient_checkpointing_enable"):
+        raise ConfigError(f"gradient_checkpointing: {type(task.model).__name__} does not support it")
     model, found = task.model.to(device), batches(cfg, task)
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore
@@ -80,26 +83,50 @@ def calibrate(cfg: TrainConfig, task: Task, recipe: Recipe, device: torch.device
 
 
 @contextlib.contextmanager
-def meter(what: str) -> Iterator[Any]:
+def meter(what: str) -> Iterator[Callable[[int, int], None]]:
     """Within: progress(done, total) moves a bar on a terminal; elsewhere one line tells what took long. Only on the
     first process."""
-    began, last = time.perf_counter(), (0, 0)
     first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-    if not (first and sys.stderr.isatty()):
+    show = _Bar(what) if first and sys.stderr.isatty() else _Line(what)
+    try:
+        yield show
+    finally:
+        show.close(first)
 
-        def count(done: int, total: int) -> None:
-            nonlocal last
-            last = done, total
 
-        yield count
-        seconds = time.perf_counter() - began
-        if first and seconds > QUIET:
-            print(f"{what}: {last[0]} of {last[1] or last[0]} done in {seconds:.0f} s", file=sys.stderr, flush=True)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+class _Line:
+    """Remembers how far it came, and says so at the end if that took a while."""
 
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total or None)
+    def __init__(self, what: str) -> None:
+        self.what, self.began, self.done = what, time.perf_counter(), 0
+
+    def __call__(self, done: int, total: int) -> None:
+        self.done = done
+
+    def close(self, tell: bool) -> None:
+        seconds = time.perf_counter() - self.began
+        if tell and self.done and seconds > QUIET:
+            print(f"{self.what}: {self.done} done in {seconds:.0f} s", file=sys.stderr, flush=True)
+
+
+class _Bar:
+    """A bar that appears with the first call."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.bar: Any = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.bar is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn(self.what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self.task = self.bar.add_task("", total=None)
+            self.bar.start()
+        self.bar.update(self.task, completed=done, total=total or None)
+
+    def close(self, tell: bool) -> None:
+        if self.bar is not None:
+            self.bar.stop()

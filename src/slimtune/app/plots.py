@@ -235,7 +235,7 @@ def _draw_curves(axes: Any, figure: Figure) -> None:
     if figure.log:
         axes.set_yscale("log")
     else:
-        whole = any(curve.held for curve in figure.curves)
+        whole = figure.bars or any(curve.held for curve in figure.curves)
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=whole))
         axes.yaxis.set_major_formatter(_tick)
     if any(curve.label for curve in figure.curves) or figure.levels:
