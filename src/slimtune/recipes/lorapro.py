@@ -19,8 +19,9 @@ def lorapro(
     dropout: float = 0.0,
     form: str = "factors",
     X: str = "sylvester",
-    damping: float | None = None,
-    cap: float | None = None,
+    damping: float = 1e-6,
+    cap: float | None = 0.2,
+    retract: bool = False,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
 ) -> Recipe:
@@ -36,16 +37,16 @@ def lorapro(
         form: "factors", the authors' efficient form; "full", their AdamW with two (O, I) moments per layer; or "lean",
             ours, with thin ones (see `LoRAPro`). The learning rate of the last two is in units of W.
         X: "sylvester", "zero" or "symmetric".
-        damping: of the Gram matrices in units of their mean eigenvalue; that of `LoRAPro` when None.
-        cap: the longest step as a share of the larger factor; that of `LoRAPro` when None.
+        damping: of the factors' Gram matrices, in units of their mean eigenvalue.
+        cap: the longest step as a share of the larger factor, or None.
+        retract: leave out the product of the two steps; not for "factors" with momentum.
         rank_pattern: ranks of some layers, {name, suffix or glob: R}.
         alpha_pattern: alphas of some layers, likewise.
 
     Raises:
         StructureError: as `lora` and `LoRAPro`.
     """
-    options: dict[str, Any] = {"form": form, "X": X}
-    options |= {key: value for key, value in (("damping", damping), ("cap", cap)) if value is not None}
+    options: dict[str, Any] = {"form": form, "X": X, "damping": damping, "cap": cap, "retract": retract}
     LoRAPro(**options)  # refuses bad values before a model is loaded
     plain = lora(rank, alpha, dropout, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
     rate = plain.learning_rate if form == "factors" else 1e-4
