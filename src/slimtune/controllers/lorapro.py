@@ -76,6 +76,9 @@ class LoRAPro(Controller):
     times adjusted gradient, is longer than `cap` times the larger factor; the step still goes down. The paper's
     formula is `damping=0, cap=None`.
 
+    Adam keeps that in mind: in "factors" its second moment of A remembers the first, long gradients for some
+    1 / (1 - beta2) steps, in which A hardly moves. "full" and "lean" have no such memory, since their moments are of W.
+
     It acts on clipped gradients: what the clipping measures are LoRA's own. Under a Magnitude (DoRA) it is the
     gradient of W + s B A that is met, not that of the rescaled weight. Dropout of the input is fine; with
     `rank_dropout` the gradients of B and A belong to no common one and the promises hold in the mean only. Factors that
