@@ -336,6 +336,7 @@ METHODS = {
 @pytest.mark.parametrize("method", METHODS)
 def test_train_on_two_processes_makes_the_plan_of_one(method, two, tmp_path, monkeypatch):
     """Batches of two processes, or twice as many of one."""
+    pytest.importorskip("transformers")
     monkeypatch.setattr("slimtune.app.report.write_report", lambda run: None)
     config = tinyrun.image_config(
         tmp_path,

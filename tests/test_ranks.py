@@ -646,6 +646,28 @@ def test_conversion_pads_to_one_rank(make, tmp_path):
     torch.testing.assert_close(model(x), before, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("make", [METHODS_OF_PEFT["lora"], lambda: CORE], ids=["lora", "core"])
+def test_conversion_can_leave_ranks_of_their_own(make, tmp_path):
+    """Which PEFT reads as plain LoRA; nothing is padded."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base = Names()
+    model = resized(make, copy.deepcopy(base))
+    ranks = {row.name: min(row.rank, 8) for row in st.summary(model).rows}
+    x = torch.randn(5, 8)
+    before = model(x)
+    report = st.to_lora(model, padded=False)
+    assert {row.name: row.rank for row in st.summary(model).rows} == ranks
+    assert report.rank == 8 and report.numbers == 16 * sum(ranks.values())
+    torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
+    st.save(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).eval()
+    torch.testing.assert_close(theirs(x), model(x), rtol=1e-6, atol=1e-6)
+    st.load(base, tmp_path)
+    assert torch.equal(base.eval()(x), model(x))
+
+
 @pytest.mark.parametrize("cut", [2, 4, 6], ids=["before", "at", "after"])
 @pytest.mark.parametrize("recipe", [st.lora(rank=4), CORE], ids=lambda r: r.name)
 def test_a_run_whose_ranks_change_is_resumed_to_the_bit(recipe, cut, tmp_path):

@@ -57,7 +57,7 @@ class ConversionReport:
 
     layers: list[LayerConversion]
     rank: int
-    """The one rank of all layers; smaller ones are padded with zeros."""
+    """The largest rank; that of all layers if they are padded with zeros."""
     tolerance: float
     numbers: int
     """How many numbers the LoRA holds, padding included."""
@@ -110,9 +110,10 @@ def to_lora(
     *,
     tolerance: float = 1e-3,
     multiple: int = 1,
+    padded: bool = True,
     progress: Callable[[list[str]], Iterable[str]] = lambda layers: layers,
 ) -> ConversionReport:
-    """Replace an attached adapter by plain LoRA with scale 1 and one rank, in place.
+    """Replace an attached adapter by plain LoRA with scale 1, of one rank or of each layer's own, in place.
 
     Per layer, exact where algebra gives factors B A of dW (LoLDU, MiSS, GraLoRA, SingLoRA, LoHa, Kronecker, ...), at
     no more than min(O, I); otherwise the best approximation of dW = W' - W by Eckart and Young, which for a
@@ -124,7 +125,9 @@ def to_lora(
         rank: the largest rank to use; default: exact factors whole, fitted ones at the smallest rank within the
             tolerance.
         tolerance: the largest |dW - B A| / |dW| of a layer, as Frobenius norms; what is below 1e-6 counts as 1e-6.
-        multiple: round the one rank up to a multiple of this, with zeros.
+        multiple: round ranks up to a multiple of this, with zeros.
+        padded: give all layers the largest rank, with zeros, as some programs want it. False leaves each layer its own,
+            which PEFT's files hold as rank_pattern and alpha_pattern.
         progress: wraps the list of layers while they are computed, as `tqdm` does.
 
     Raises:
@@ -160,12 +163,14 @@ def to_lora(
     layers = [entry for entry, _, _ in fits.values()]
     shared = -(-max(entry.rank for entry in layers) // multiple) * multiple
     sizes = {layer: host.layout.sizes(host) for layer, host in found.items()}
-    report = ConversionReport(layers, shared, tolerance, shared * sum(map(sum, sizes.values())))
+    ranks = {entry.name: shared if padded else -(-entry.rank // multiple) * multiple for entry in layers}
+    numbers = sum(rank * sum(sizes[layer]) for layer, rank in ranks.items())
+    report = ConversionReport(layers, shared, tolerance, numbers)
     if not any(entry.norm for entry in layers):
         report.notes.append("the adapter changes nothing: dW is 0 in every layer")
-    _check_errors(report, rank, sum(math.prod(s) for s in sizes.values()), shared * sum(map(sum, sizes.values())))
-    recipe = Recipe(LowRank, {"rank": shared}, alpha=float(shared), rank_power=1.0, name="lora")
+    _check_errors(report, rank, sum(math.prod(s) for s in sizes.values()), numbers)
     for layer, host in found.items():
+        recipe = Recipe(LowRank, {"rank": ranks[layer]}, alpha=float(ranks[layer]), rank_power=1.0, name="lora")
         old: Adapter = host.addition(name)
         _, B, A = fits[layer]
         new = build_adapter(host, layer, recipe, old.scale.device)
