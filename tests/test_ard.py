@@ -151,6 +151,36 @@ def test_exact_factors_are_block_diagonal_and_without_closed_ranks(side):
     torch.testing.assert_close(structure.dense()[:3, :4], structure.B[:3, :3] @ structure.A[:3, :4])
 
 
+@pytest.mark.parametrize("side", ["output", "input"])
+@pytest.mark.parametrize(
+    ("rows", "batched"),
+    [([3, 3], True), ([4, 3], True), ([2, 3], True), ([3, 0], False), ([1, 6], False)],
+    ids=["even", "first", "last", "none", "uneven"],
+)
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_batched_heads_are_the_definition(side, rows, batched, dropout):
+    """Values and both derivatives, whether heads are lined up or, too uneven for it, the zeros between them computed."""
+    torch.manual_seed(0)
+    structure = st.GatedHeads(6, 8, rank=3, heads=2, side=side, rows=rows).double()
+    structure.reset_parameters()
+    with torch.no_grad():
+        for p in structure.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    W, bias, scale = torch.randn(6, 8).double(), torch.randn(6).double(), torch.tensor(0.7).double()
+    x = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+
+    def f(x, *_):
+        torch.manual_seed(1)
+        return structure.linear(x, W, bias, scale, dropout)
+
+    assert (type(f(x).grad_fn).__name__ == "_HeadsBackward") == batched
+    if not dropout:
+        torch.testing.assert_close(f(x), nn.functional.linear(x, W + 0.7 * structure.dense(), bias))
+    inputs = (x, *structure.parameters())
+    assert torch.autograd.gradcheck(f, inputs)
+    assert torch.autograd.gradgradcheck(f, inputs, fast_mode=True)
+
+
 def test_converted_to_one_lora_at_the_sum_of_its_ranks():
     model, recipe, x, y = toy()
     optimizer, _, handle = attached(model, recipe, 30)
