@@ -4,6 +4,7 @@ import datetime
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import traceback
 import warnings
@@ -333,13 +334,9 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_train_on_two_processes_makes_the_plan_of_one(method, two, tmp_path, monkeypatch):
-    """Batches of two processes, or twice as many of one."""
-    pytest.importorskip("transformers")
-    monkeypatch.setattr("slimtune.app.report.write_report", lambda run: None)
-    config = tinyrun.image_config(
-        tmp_path,
+def configured(folder, method, **options):
+    return tinyrun.image_config(
+        folder,
         model_factory="test_distributed:images",
         method=method,
         method_options=METHODS[method],
@@ -348,9 +345,18 @@ def test_train_on_two_processes_makes_the_plan_of_one(method, two, tmp_path, mon
         augment=False,
         max_steps=12,
         eval_steps=12,
-        save_steps=12,
-        output_dir=str(tmp_path / "one"),
+        save_steps=4,
+        save_total_limit=9,
+        **options,
     )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_train_on_two_processes_makes_the_plan_of_one(method, two, tmp_path, monkeypatch):
+    """Batches of two processes, or twice as many of one."""
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("slimtune.app.report.write_report", lambda run: None)
+    config = configured(tmp_path, method, output_dir=str(tmp_path / "one"))
     from slimtune.app.train import train
 
     train(config)
@@ -363,3 +369,18 @@ def test_train_on_two_processes_makes_the_plan_of_one(method, two, tmp_path, mon
     assert one.keys() == both.keys() and len(one) == 3
     for key, t in one.items():
         assert (both[key] - t).norm() < 1e-3 * t.norm()
+
+
+def test_a_run_of_two_processes_is_resumed_to_the_bit(two, tmp_path):
+    """Which slots are off comes back with the controller's state, scores and moments with the optimizer's."""
+    pytest.importorskip("transformers")
+    straight = tmp_path / "straight"
+    config = configured(tmp_path, "elalora", gradient_accumulation_steps=1, output_dir=str(straight))
+    two(run, config)
+    assert any(event["step"] > 8 for event in tinyrun.events(straight, "ranks"))
+    for step in (4, 8):
+        again = tmp_path / f"from-{step}"
+        again.mkdir()
+        shutil.copytree(straight / f"checkpoint-{step}", again / f"checkpoint-{step}")
+        two(run, config.model_copy(update={"output_dir": str(again)}))
+        tinyrun.same(straight, again)
