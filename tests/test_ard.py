@@ -25,7 +25,7 @@ def toy(dtype=torch.float32, seed=0, **options):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 8)).to(dtype)
     x, y = torch.randn(64, 16, dtype=dtype), torch.randn(64, 8, dtype=dtype)
-    recipe = st.ardlora(**{"rank": 4, "heads": 2} | options)
+    recipe = st.ardlora(**{"rank": 4, "heads": 2, "travel": 1.0} | options)
     st.adapt(model, recipe)
     return model, recipe, x, y
 
@@ -153,15 +153,15 @@ def test_exact_factors_are_block_diagonal_and_without_closed_ranks(side):
 
 @pytest.mark.parametrize("side", ["output", "input"])
 @pytest.mark.parametrize(
-    ("rows", "batched"),
+    ("held", "batched"),
     [([3, 3], True), ([4, 3], True), ([2, 3], True), ([3, 0], False), ([1, 6], False)],
     ids=["even", "first", "last", "none", "uneven"],
 )
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_batched_heads_are_the_definition(side, rows, batched, dropout):
-    """Values and both derivatives, whether heads are lined up or, too uneven for it, the zeros between them computed."""
+def test_batched_heads_are_the_definition(side, held, batched, dropout):
+    """Values and both derivatives, with heads lined up or, where too uneven, by the zeros between them."""
     torch.manual_seed(0)
-    structure = st.GatedHeads(6, 8, rank=3, heads=2, side=side, rows=rows).double()
+    structure = st.GatedHeads(6, 8, rank=3, heads=2, side=side, rows=held).double()
     structure.reset_parameters()
     with torch.no_grad():
         for p in structure.parameters():
@@ -295,7 +295,7 @@ def test_variation_over_depth():
     """The gradient of beta sum |alpha_{l+1} - alpha_l| over layers of one kind: +-beta at a jump, 0 where flat."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(3)), nn.Linear(6, 4)).double()
-    recipe = st.ardlora(rank=4, heads=2, penalty=0.5, variation=0.2, over="depth", warmup=1, final=0, interval=1000)
+    recipe = st.ardlora(rank=4, heads=2, penalty=0.5, variation=0.2, over="depth", travel=1.0, warmup=1, final=0)
     st.adapt(model, recipe)
     optimizer, _, _ = attached(model, recipe, 11, kind=torch.optim.SGD)
     still(model, optimizer)

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from ..errors import SlimtuneError, StructureError
 from ..layers import Adapter
+from ..ops.processes import agreed, edited, local, several, whole
 from ..ranks import change_ranks, seeded
 from ..structures import GatedHeads
 from ..structures.base import check_count
 from ..targets import hosts
 from .allocator import check_share
 from .base import Controller
-from .sharding import agreed, edited, local, whole
 
 __all__ = ["ARD", "fill_ranks"]
 
@@ -127,7 +127,7 @@ class ARD(Controller):
         penalty: float = 0.1,
         variation: float = 0.1,
         over: str = "time",
-        travel: float = 1.0,
+        travel: float = 4.0,
         warmup: float = 0.1,
         final: float = 0.2,
         interval: int | None = None,
@@ -201,9 +201,7 @@ class ARD(Controller):
         if not all(id(alpha) in places for alpha in self._alphas):
             raise SlimtuneError("ARD: attach it to the optimizer that holds the adapter's gates, alpha")
         self._groups = [places[id(alpha)] for alpha in self._alphas]
-        distributed = torch.distributed
-        several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-        self._masked = several if self.masked is None else self.masked
+        self._masked = several() if self.masked is None else self.masked
         self._sizes = [local(alpha).numel() for alpha in self._alphas]
         costs = [float(s.rank_cost) for s in self._structures.values()]
         mean = sum(c * s.head_count for c, s in zip(costs, self._structures.values(), strict=True)) / sum(

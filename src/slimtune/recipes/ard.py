@@ -25,7 +25,7 @@ def ardlora(
     penalty: float = 0.1,
     variation: float = 0.1,
     over: str = "time",
-    travel: float = 1.0,
+    travel: float = 4.0,
     warmup: float = 0.1,
     final: float = 0.2,
     interval: int | None = None,
@@ -54,7 +54,7 @@ def ardlora(
         penalty: lambda of the l1, see `ARD`, as is all that follows.
         variation: beta.
         over: "time" or "depth".
-        travel: how far alpha can move.
+        travel: how far a gradient that never changes its sign would move alpha; noisy ones move it a tenth of that.
         warmup: steps or share of steps with alpha at rest.
         final: likewise, at the end.
         interval: steps between two changes of ranks.
