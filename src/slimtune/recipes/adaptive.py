@@ -71,7 +71,7 @@ def adalora(
         dropout=dropout,
         controllers=penalty | {"AdaLoRA": schedule},
         name="adalora",
-        learning_rate=1e-3,
+        learning_rate=1e-2,
     )
 
 
