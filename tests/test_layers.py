@@ -14,7 +14,7 @@ LAYERS = [
     {"errors", "ops"},  # tensors in, tensors out
     {"structures", "compositions", "recipe"},  # the two families, and their pairing
     {"layouts", "initialisers", "layers"},  # where they live
-    {"targets", "verbs", "ranks", "merging", "compress", "conversion"},  # verbs
+    {"targets", "verbs", "ranks", "taps", "merging", "compress", "conversion"},  # verbs
     {"recipes", "allocate", "calibrate", "groups", "controllers", "models", "contrib"},  # the field
     {"files", "folders", "io", "peft_format", "hf"},  # files and the ecosystem
     {"_public", "app", "cli", "__main__"},  # the application

@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from ..errors import DivergenceError, SlimtuneError, StructureError
+from ..ops.processes import agreed, edited, local, several, whole
 from ..ranks import SECOND_MOMENTS, change_ranks, seeded
 from ..structures import Structure
 from ..structures.base import check_count
 from .base import Controller, trained_adapters
-from .sharding import agreed, edited, local, whole
 
 __all__ = ["Allocator", "Change", "Scores", "best_ranks", "check_share", "clear_slots"]
 
@@ -229,8 +229,7 @@ class Allocator(Controller, ABC):
         if not self.sizes:
             self.sizes = present
         self._same_ranks(present)
-        several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-        self._masked = (several or any(self.off.values())) if self.masked is None else self.masked
+        self._masked = (several() or any(self.off.values())) if self.masked is None else self.masked
         self.check()
 
     def after_step(self, model: nn.Module) -> None:

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibrate import Left, Right, Tap, summed
 from ..errors import StructureError
 from ..layers import Host
+from ..ops.processes import summed, whole
 from ..ranks import seeded
 from ..structures.base import check_count
+from ..taps import Left, Right, Tap
 from ..targets import hosts
 from .allocator import Allocator, Change, Scores, check_share
-from .sharding import whole
 
 __all__ = ["ElaLoRA"]
 
@@ -208,7 +208,7 @@ class Residual:
         for product in self.tap.products:
             if product.total is None:
                 product.start(self.tap.host, self.QA.device)
-            product.total = summed(product.total, {"": self.tap.host})  # type: ignore[arg-type]
+            product.total = summed(product.total, self.tap.host.weight.device)  # type: ignore[arg-type]
         Y, Z = (product.total for product in self.tap.products)
         if not (Y.isfinite().all() and Z.isfinite().all()):  # type: ignore[union-attr]
             Y, Z = torch.zeros_like(Y), torch.zeros_like(Z)  # type: ignore[arg-type]

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from ..errors import DivergenceError, SlimtuneError, StructureError
 from ..layers import Adapter
 from ..ops.lorapro import X_CHOICES, adjusted_gradients, carried, retracted, tangent
+from ..ops.processes import like, whole
 from ..recipe import is_number
 from ..structures import Factored
 from ..structures.base import Pair
 from ..targets import hosts
 from .base import Controller
-from .sharding import like, whole
 
 __all__ = ["LoRAPro"]
 

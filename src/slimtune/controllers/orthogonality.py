@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import StructureError
+from ..ops.processes import like, whole
 from .base import Controller, trained_adapters
-from .sharding import like, whole
 
 __all__ = ["Orthogonality"]
 

@@ -1,17 +1,35 @@
-"""Tensors that may be sharded over processes, and one decision for all of them."""
+"""Several processes: tensors that may be sharded over them, sums over them, and one decision for all."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, distributed
 
 from ..errors import SlimtuneError
 
-__all__ = ["agreed", "edited", "like", "local", "whole"]
+__all__ = ["agreed", "edited", "like", "local", "several", "summed", "whole"]
 
 T = TypeVar("T")
+
+
+def several() -> bool:
+    """Whether more than one process takes part."""
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def summed(t: Tensor, device: torch.device) -> Tensor:
+    """The sum over all processes; `device` is one that they can talk over."""
+    if not several():
+        return t
+    home = t.device
+    if distributed.get_backend() == "nccl" and home.type == "cpu":
+        t = t.to(device)
+    t = t.contiguous()
+    distributed.all_reduce(t)
+    return t.to(home)
 
 
 def local(t: Tensor) -> Tensor:
@@ -45,7 +63,7 @@ def edited(t: Tensor, edit: Callable[[Tensor], object]) -> None:
 
 def agreed(make: Callable[[], T]) -> T:
     """What process 0 makes, on every process; its error, too."""
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not several():
         return make()
     box: list[Any] = [None, None]
     if distributed.get_rank() == 0:
