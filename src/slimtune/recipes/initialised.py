@@ -29,8 +29,8 @@ def pissa(
     """W + (alpha / R) (B A - B0 A0) with (alpha / R) B0 A0 the best approximation of W at rank R, B and A from there.
 
     PiSSA, Meng et al. 2024, arXiv 2404.02948, eq. 2 to 4. The published W - s B0 A0 is not formed: the base stays as it
-    is and the adapter fits it. A step along the leading directions of W is a large one, so that it wants a smaller
-    learning rate than LoRA; the paper takes 2e-5 for models of 7 billion. Attaching it decomposes every weight.
+    is and the adapter fits it. The paper gives LoRA and PiSSA the same learning rate, 2e-5 for 7 billion parameters;
+    small models take more. Attaching it decomposes every weight.
 
     Args:
         rank: R.
@@ -50,7 +50,7 @@ def pissa(
     if iterations is not None:
         check_count(iterations, "pissa: iterations", 0)
     plain = _unscaled("pissa", rank, alpha, dropout, rank_dropout, rank_pattern, alpha_pattern)
-    return replace(plain, init={"pissa": {} if iterations is None else {"iterations": iterations}}, learning_rate=2e-4)
+    return replace(plain, init={"pissa": {} if iterations is None else {"iterations": iterations}}, learning_rate=5e-4)
 
 
 def olora(
@@ -78,7 +78,7 @@ def olora(
         StructureError: as `pissa`.
     """
     plain = _unscaled("olora", rank, alpha, dropout, rank_dropout, rank_pattern, alpha_pattern)
-    return replace(plain, init={"olora": {}}, learning_rate=2e-4)
+    return replace(plain, init={"olora": {}}, learning_rate=5e-4)
 
 
 def loraga(
@@ -97,7 +97,8 @@ def loraga(
 
     LoRA-GA, Wang et al. 2024, arXiv 2407.05000, theorems 3.1 and 3.2: A0 = O^(1/4) / sqrt(gamma) V_{1..R}^T and B0 =
     O^(1/4) / sqrt(gamma) U_{R+1..2R}, after which the first step follows the gradient of full training as far as rank
-    2 R can. It starts from the data: `recipe, stats = st.calibrate.fit(st.loraga(), model, batches)`, then
+    2 R can. With factors this large a step moves the weight several times as far as LoRA's, so it wants a smaller
+    learning rate. It starts from the data: `recipe, stats = st.calibrate.fit(st.loraga(), model, batches)`, then
     `st.adapt(model, recipe, stats=stats)`. The base is not edited.
 
     Args:
