@@ -29,7 +29,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "adaptive"
 PICTURES = ROOT / "docs" / "images" / "adaptive"
-RATES = (5e-4, 1.5e-3, 4.5e-3)
+RATES = (5e-4, 1.5e-3, 4.5e-3, 1.35e-2)
 SEEDS = (0, 1, 2)
 
 
