@@ -35,7 +35,8 @@ def lorapro(
         alpha: numerator of the scale; 2 R when None (also for layers with a rank of their own).
         dropout: of the adapter's input, while training; rounded to 1/256.
         form: "factors", the authors' efficient form; "full", their AdamW with two (O, I) moments per layer; or "lean",
-            ours, with thin ones (see `LoRAPro`). The learning rate of the last two is in units of W.
+            ours, with thin ones (see `LoRAPro`). The learning rate of the last two is in units of W, as for full
+            fine-tuning; that of the first wants to be larger than LoRA's.
         X: "sylvester", "zero" or "symmetric".
         damping: of the factors' Gram matrices, in units of their mean eigenvalue.
         cap: the longest step as a share of the larger factor, or None.
@@ -49,5 +50,5 @@ def lorapro(
     options: dict[str, Any] = {"form": form, "X": X, "damping": damping, "cap": cap, "retract": retract}
     LoRAPro(**options)  # refuses bad values before a model is loaded
     plain = lora(rank, alpha, dropout, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
-    rate = plain.learning_rate if form == "factors" else 1e-4
+    rate = 2 * plain.learning_rate if form == "factors" else 2e-4
     return replace(plain, controllers={"LoRAPro": options}, name="lorapro", learning_rate=rate)
