@@ -278,3 +278,10 @@ def test_starts_that_take_long_tell_how_far_they_are(llama, text, tmp_path, monk
     train(cfg.model_copy(update={"output_dir": str(tmp_path / "cut")}))
     same(tmp_path / "run", tmp_path / "cut")
     assert inspect(tmp_path / "run").parameters == result.metrics["trainable_parameters"]  # not the frozen start
+
+
+def test_slots_that_hold_no_rank_are_told_from_the_first_step(llama, text, tmp_path):
+    options = {"rank": 2, "ceiling": 5, "warmup": 2, "final": 1, "interval": 2}
+    train(text_config(llama, text, tmp_path / "run", method="elalora", method_options=options, max_steps=4))
+    told = events(tmp_path / "run", "ranks")
+    assert [(e["step"], sum(e["ranks"].values()) / len(e["ranks"])) for e in told[:2]] == [(0, 5), (1, 2)]

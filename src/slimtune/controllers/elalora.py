@@ -406,6 +406,8 @@ class ElaLoRA(Allocator):
         if self._probes:
             self._ask()
         super().after_step(model)
+        if self.done == 1 and self.start is not None and self._news is None:
+            self._news = {"ranks": self.ranks()}  # `before_step` took slots away
         self._directions, self._gains = {}, {}
         if self.observes(self.done - 1) and not self.observes(self.done):
             self.forget()
