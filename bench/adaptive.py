@@ -29,7 +29,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "adaptive"
 PICTURES = ROOT / "docs" / "images" / "adaptive"
-RATES = (5e-4, 1.5e-3, 4.5e-3, 1.35e-2)
+RATES = (1.5e-4, 5e-4, 1.5e-3, 4.5e-3, 1.35e-2)
 SEEDS = (0, 1, 2)
 
 
@@ -42,12 +42,15 @@ class Task:
     overrides: tuple[str, ...]
     metric: str
     higher_is_better: bool = True
+    rates: tuple[float, ...] = RATES
 
 
 TASKS: dict[str, Task] = {
     "trec": Task("TREC, accuracy", "trec.yaml", ("per_device_train_batch_size=8", "max_steps=120"), "accuracy"),
-    "cola": Task("CoLA, Matthews", "cola.yaml", ("per_device_train_batch_size=16", "max_steps=300"), "mcc"),
-    "rte": Task("RTE, accuracy", "rte.yaml", ("max_length=64", "max_steps=100"), "accuracy"),
+    "cola": Task(
+        "CoLA, Matthews", "cola.yaml", ("per_device_train_batch_size=16", "max_steps=300"), "mcc", rates=RATES[1:4]
+    ),
+    "rte": Task("RTE, accuracy", "rte.yaml", ("max_length=64", "max_steps=100"), "accuracy", rates=RATES[1:4]),
     "shakespeare": Task(
         "Shakespeare, nats", "shakespeare.yaml", ("per_device_train_batch_size=8", "max_steps=80"), "loss", False
     ),
@@ -60,6 +63,7 @@ METHODS: dict[str, str] = {
     "ardlora": "{rank: 8, heads: 1, budget: 1.0}",
     "gora": "{rank: 8}",
     "lorapro": "{rank: 8}",
+    "lorapro-full": "{rank: 8, form: full}",
     "pissa": "{rank: 8}",
     "loraga": "{rank: 8}",
 }
@@ -85,7 +89,7 @@ class Run:
         return [
             *("load_best_model_at_end=false", "evaluate_base=false", "num_train_epochs=3"),
             *TASKS[self.task].overrides,
-            f"method={self.method}",
+            f"method={self.method.partition('-')[0]}",
             f"method_options={METHODS[self.method]}",
             f"learning_rate={self.rate:g}",
             f"seed={self.seed}",
@@ -138,7 +142,7 @@ def rows() -> list[dict[str, Any]]:
 def best_rate(task: str, method: str) -> float | None:
     """The rate with the best validation of the first seed; None until every rate was tried."""
     tried = {r["rate"]: r for r in rows() if (r["task"], r["method"], r["seed"]) == (task, method, SEEDS[0])}
-    if set(tried) < set(RATES):
+    if not set(tried) >= set(TASKS[task].rates):
         return None
     sign = 1 if TASKS[task].higher_is_better else -1
     good = [(sign * r["validation"], -rate) for rate, r in tried.items() if "validation" in r]
@@ -150,7 +154,7 @@ def missing(tasks: Sequence[str], methods: Sequence[str]) -> Iterable[Run]:
     for task in tasks:
         for method in methods:
             rate = best_rate(task, method)
-            wanted = [Run(task, method, r, SEEDS[0]) for r in RATES]
+            wanted = [Run(task, method, r, SEEDS[0]) for r in TASKS[task].rates]
             if rate is not None:
                 wanted += [Run(task, method, rate, seed) for seed in SEEDS[1:]]
             yield from (run for run in wanted if not run.path.exists())
