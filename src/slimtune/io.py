@@ -379,7 +379,8 @@ def save_as(
     if getattr((getattr(model, "peft_config", None) or {}).get(name), "modules_to_save", None):
         raise SlimtuneError(f"{path}: not saved: PEFT holds modules_to_save; use its save_pretrained, which load reads")
     description, tensors = change(describe(model, name), own_tensors(model, name))
-    together = any(hasattr(p, "full_tensor") for host in hosts(model, name).values() for p in host.parameters())
+    parts = [m.addition(name) for m in (*hosts(model, name).values(), *saved_modules(model, name).values())]
+    together = any(hasattr(t, "full_tensor") for part in parts for t in part.state_dict().values())
     for key, t in tensors.items():
         if t.is_floating_point() and not t.isfinite().all():
             raise SlimtuneError(f"{path}: not saved: {key} is not finite")
