@@ -141,9 +141,9 @@ def _change(
                 v = state[key]
                 fill = None
                 if extra is not None:
-                    size = [*v.shape[:at], extra.shape[dim], *v.shape[at + 1 :]]
-                    mean = (v.index_select(at, index) if len(index) else v).mean(at, keepdim=True)
-                    fill = mean.expand(size) if key in SECOND_MOMENTS or key in FACTORED else v.new_zeros(size)
+                    fill = v.new_zeros([*v.shape[:at], extra.shape[dim], *v.shape[at + 1 :]])
+                    if key in SECOND_MOMENTS or key in FACTORED:
+                        fill += (v.index_select(at, index) if len(index) else v).mean(at, keepdim=True)
                 state[key] = _joined(v, index, at, fill)
 
 
