@@ -84,9 +84,7 @@ class AdaloraCodec(Codec):
         }
 
     def theirs(self, own: Mapping[str, Tensor], layer: Layer) -> dict[str, Tensor]:
-        return {
-            column: own[key].unsqueeze(1) if key == "structure.core" else own[key] for column, key in KEYS.items()
-        }
+        return {column: own[key].unsqueeze(1) if key == "structure.core" else own[key] for column, key in KEYS.items()}
 
     def ours(self, columns: Mapping[str, Tensor], recipe: Recipe, where: str) -> dict[str, Tensor]:
         own = {}
