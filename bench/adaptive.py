@@ -52,7 +52,11 @@ TASKS: dict[str, Task] = {
     ),
     "rte": Task("RTE, accuracy", "rte.yaml", ("max_length=64", "max_steps=100"), "accuracy", rates=RATES[1:4]),
     "shakespeare": Task(
-        "Shakespeare, nats", "shakespeare.yaml", ("per_device_train_batch_size=8", "max_steps=80"), "loss", False
+        "Shakespeare, nats",
+        "shakespeare.yaml",
+        ("per_device_train_batch_size=8", "max_steps=80", "max_eval_samples=100"),
+        "loss",
+        False,
     ),
 }
 
