@@ -12,7 +12,7 @@ from slimtune.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from bench import real  # noqa: E402
+from bench import adaptive, real  # noqa: E402
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -59,6 +59,8 @@ PLACES = {
     "config": (ROOT / "docs" / "cli.md", config),
     "real": (METHODS, real.table),
     "costs": (METHODS, real.costs),
+    "adaptive": (ROOT / "docs" / "adaptive.md", adaptive.table),
+    "rates": (ROOT / "docs" / "adaptive.md", adaptive.rates),
 }
 
 
