@@ -666,6 +666,14 @@ def test_a_state_of_other_ranks_is_refused():
         fresh.handles[-1].load_state_dict(state)
 
 
+def test_ranks_that_something_else_has_changed_are_named():
+    run = Run()
+    run.steps(1)
+    st.resize(run.model, {"2": 4}, run.optimizer)
+    with pytest.raises(st.SlimtuneError, match="AdaLoRA: 2: something else has changed its rank from 6 to 4"):
+        run.steps(24)
+
+
 def test_two_adapters_need_a_name():
     model = base()
     recipe = st.adalora(rank=2)
@@ -753,6 +761,20 @@ def test_the_penalty_at_the_start_is_the_root_of_the_rank():
     run.controllers[0].before_step(run.model)
     assert run.controllers[0].value() == 0
     assert not any(p.grad.any() for structure in run.structures.values() for p in structure.parameters())
+
+
+@pytest.mark.parametrize("coefficient", [1.0, 1e3])
+def test_the_penalty_of_orthonormal_and_of_zero_factors_has_no_gradient(coefficient):
+    """B of LoRA's start, and rows of the identity: the norm has a corner there, where 0 is its least gradient."""
+    model = nn.Sequential(nn.Linear(6, 6, bias=False))
+    st.adapt(model, st.lora(rank=2))
+    structure = model[0].adapters["default"].structure
+    structure.A.data.copy_(torch.eye(2, 6))
+    optimizer = torch.optim.SGD(st.param_groups(model, lr=1.0))
+    st.attach(st.Orthogonality(coefficient, adapter="default"), model, optimizer)
+    structure.A.grad, structure.B.grad = torch.zeros(2, 6), torch.zeros(6, 2)
+    optimizer.step()
+    assert torch.equal(structure.A.detach(), torch.eye(2, 6)) and not structure.B.any()
 
 
 def test_masked_ranks_have_no_part_in_the_penalty():

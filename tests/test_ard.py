@@ -652,6 +652,56 @@ def test_attach_refuses():
         st.attach(st.ARD(total_steps=10, budget=10), model, optimizer)
 
 
+def test_factors_of_another_optimizer_are_refused_where_their_shapes_change():
+    model, recipe, x, y = toy()
+    gates = [s.alpha for s in structures(model).values()]
+    factors = [p for s in structures(model).values() for p in (s.A, s.B)]
+    one, other = torch.optim.SGD(gates, lr=0.01), torch.optim.AdamW(factors, lr=0.01)
+    with pytest.raises(st.SlimtuneError, match="holds the gates, but not A and B"):
+        st.attach(*st.controllers_of(recipe, 20), model, one)
+    recipe = st.ardlora(rank=4, heads=2, penalty=3.0, masked=True)
+    st.attach(*st.controllers_of(recipe, 20), model, one)
+    for _ in range(20):
+        (model(x) - y).square().mean().backward()
+        for optimizer in (one, other):
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(s.rank == 8 and sum(s.hard_ranks()) < 8 for s in structures(model).values())
+
+
+def test_two_adapters_on_one_layer_need_a_name():
+    model, recipe, _, _ = toy()
+    st.adapt(model, recipe, name="second")
+    for p in model.parameters():
+        p.requires_grad_(True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(st.SlimtuneError, match="0: several adapters train there"):
+        st.attach(*st.controllers_of(recipe, 20), model, optimizer)
+    controller = st.ARD(total_steps=20, adapter="second")
+    st.attach(controller, model, optimizer)
+    second = {model[i].adapters["second"].structure for i in (0, 2)}
+    assert set(controller._structures.values()) == second
+
+
+@pytest.mark.parametrize("budget", [None, 1.0])
+def test_gates_that_are_not_finite_are_named(budget):
+    model, recipe, x, y = toy(budget=budget)
+    optimizer, _, _ = attached(model, recipe, 20)
+    train(model, optimizer, x, y, 5)
+    with torch.no_grad():
+        structures(model)["0"].alpha[1] = math.nan
+    with pytest.raises(st.DivergenceError, match="ARD: 0: a gate is not finite"):
+        train(model, optimizer, x, y, 15)
+
+
+def test_a_budget_of_one_is_what_there_is(monkeypatch):
+    """In fp32 it would come to 272,000,000 or 272,000,032."""
+    monkeypatch.setattr(st.GatedHeads, "rank_cost", 17_000_001)
+    model, recipe, _, _ = toy(budget=1.0)
+    _, controller, _ = attached(model, recipe, 20)
+    assert controller.budget == 2 * 2 * 4 * 17_000_001
+
+
 # ---------------------------------------------------------------- going on, and several micro-batches
 
 

@@ -519,6 +519,19 @@ def test_inputs_are_the_singular_vectors_of_all_of_them():
         same(s.components @ s.components.t(), torch.eye(4, dtype=torch.float64))
 
 
+def test_batches_without_rows_count_nothing():
+    """As of an expert that gets no token, or text that is all padding."""
+    model, batches = toy(), rows(3)
+    empty = batches[0][:0]
+    with_empty = st.calibrate.inputs(model, [empty, *batches[:1], empty, *batches[1:]], TOY, components=4)
+    plain = st.calibrate.inputs(model, batches, TOY, components=4)
+    for n, s in plain.items():
+        assert with_empty[n].rows == s.rows == 24
+        assert torch.equal(with_empty[n].components, s.components)
+    with pytest.raises(st.DataError, match="no input reaches '0'"):
+        st.calibrate.inputs(model, [empty], TOY, components=4)
+
+
 def test_inputs_of_large_layers_by_random_projections():
     torch.manual_seed(0)
     scale = 0.9 ** torch.arange(200.0)

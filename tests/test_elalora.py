@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -588,6 +589,58 @@ def test_skipped_step_leaves_no_trace():
         scaler.update()
     assert controller.done == 2
     assert all(v.isfinite().all() for s in optimizer.state.values() for v in s.values())
+
+
+def before_a_round(**options):
+    """A model whose layers are listened to in the step that comes next."""
+    model, recipe = toy(shapes=EQUAL, **options)
+    optimizer, schedule = optimizer_of(model)
+    handles = attached(model, recipe, optimizer)
+    steps = 0
+    while not model[0]._forward_hooks:
+        learn(model, optimizer, schedule, [steps])
+        steps += 1
+    return model, optimizer, schedule, handles, steps
+
+
+def test_unbinding_leaves_no_hook_behind():
+    model, _, _, handles, _ = before_a_round()
+    assert all(layer._forward_hooks for layer in model[::2])
+    for handle in handles:
+        handle.remove()
+    assert not any(layer._forward_hooks for layer in model)
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_model_merged_while_it_is_listened_to_works_on(copied):
+    model, *_ = before_a_round()
+    x = torch.randn(3, 16)
+    want = model(x)
+    merged = copy.deepcopy(model) if copied else model
+    st.merge(merged)
+    torch.testing.assert_close(merged(x), want)
+
+
+def test_factors_in_half_precision():
+    """A model cast as a whole after it was adapted."""
+    model, recipe = toy(shapes=EQUAL)
+    model.to(torch.bfloat16)
+    optimizer, schedule = optimizer_of(model)
+    attached(model, recipe, optimizer)
+    learn(model, optimizer, schedule, range(60))
+    assert sum(ranks_of(model)) == 12 and len(set(ranks_of(model))) > 1
+    structure = model[0].adapters["default"].structure
+    assert structure.A.dtype == structure.core.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("factor", ["A", "B"])
+def test_factors_that_are_no_longer_finite_are_named(factor):
+    model, optimizer, schedule, _, steps = before_a_round()
+    with torch.no_grad():
+        for layer in model[::2]:
+            getattr(layer.adapters["default"].structure, factor).fill_(math.nan)
+    with pytest.warns(UserWarning, match="no finite gradient"), pytest.raises(st.DivergenceError, match="ElaLoRA: 0"):
+        learn(model, optimizer, schedule, [steps])
 
 
 def test_scores_are_dropped_when_nothing_moves_any_more():

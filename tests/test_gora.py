@@ -391,3 +391,9 @@ def test_eva_takes_the_largest_shares_and_keeps_the_total():
             st.allocate.eva(stats, 8, **options)
     with pytest.raises(st.StructureError, match="120 ranks to share out, the inputs have 96 components"):
         st.allocate.eva(stats, 20)
+
+
+def test_eva_gives_inputs_that_are_all_zero_the_floor():
+    values = {"a": torch.zeros(4), "b": torch.tensor([4.0, 3.0, 2.0, 1.0]), "c": torch.zeros(4)}
+    stats = {n: InputStats(torch.eye(4), s, float(s.square().sum()), 9) for n, s in values.items()}
+    assert st.allocate.eva(stats, 2, floor=1) == {"a": 1, "b": 4, "c": 1}

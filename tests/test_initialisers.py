@@ -411,6 +411,16 @@ def test_loraga_weight_svd_is_as_large_as_pissa():
     torch.testing.assert_close(structure_of(model).A0.norm(dim=1), c.expand(2), rtol=1e-2, atol=0)
 
 
+def test_loraga_weight_svd_of_a_weight_of_zeros_can_learn():
+    """c = 0 would start both factors at zero, from where none moves."""
+    model = nn.Sequential(nn.Linear(14, 20))
+    nn.init.zeros_(model[0].weight)
+    G = torch.randn(20, 14, generator=torch.Generator().manual_seed(0))
+    st.adapt(model, st.loraga(rank=3, size="weight_svd"), stats={"0": gradient_stats(G, 6)})
+    model(torch.randn(9, 14)).square().sum().backward()
+    assert (structure_of(model).dB.grad.norm(dim=0) > 0).all()
+
+
 def test_loraga_with_fewer_directions_than_it_wants():
     model, _, _ = with_gradient(9)  # 14 directions, 18 wanted
     s = structure_of(model)

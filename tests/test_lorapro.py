@@ -955,3 +955,33 @@ def test_factors_that_are_no_longer_numbers_are_named():
         adapter_of(model, 1).structure.B[0, 0] = math.nan
     with pytest.raises(st.DivergenceError, match="the factors of 1, adapter 'default' are no longer finite"):
         optimizer.step()
+
+
+def test_a_retraction_that_diverges_is_named():
+    model, x, y = layer(layers=2)
+    optimizer = torch.optim.SGD(st.param_groups(model, lr=0.1))
+    st.attach(st.LoRAPro("lean", retract=True), model, optimizer)
+    loss_of(model, x, y).backward()
+    adapter_of(model, 1).structure.B.grad[0, 0] = math.nan
+    with pytest.raises(st.DivergenceError, match="the factors of 1, adapter 'default' are no longer finite"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("form", ["full", "lean"])
+def test_adam_s_numbers_where_the_optimizer_has_others(form):
+    """Adafactor's eps are a pair, and some betas three."""
+    weights = []
+    for kind in (torch.optim.SGD, torch.optim.Adafactor):
+        model, x, y = layer()
+        groups = st.param_groups(model, lr=0.01, weight_decay=0.0)
+        optimizer = kind(groups) if kind is torch.optim.Adafactor else kind(groups, lr=0.01)
+        if kind is torch.optim.Adafactor:
+            for group in optimizer.param_groups:
+                group["betas"] = (0.9, 0.999, 0.9999)
+        st.attach(st.LoRAPro(form), model, optimizer)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss_of(model, x, y).backward()
+            optimizer.step()
+        weights.append(weight(model))
+    torch.testing.assert_close(*weights)

@@ -359,3 +359,31 @@ def test_controller_counts_optimizer_steps_and_edits_gradients():
     assert recorder.steps == 1
     with pytest.raises(st.SlimtuneError, match="torch optimizer"):
         st.attach(recorder, model, object())
+
+
+@pytest.mark.parametrize("keyword", [False, True])
+def test_gradients_that_a_closure_makes_are_edited_too(keyword):
+    """The step's pre-hooks run before its closure, when there is no gradient yet."""
+    moved = []
+    for way in ("plain", "closure"):
+        model, _, ids = chain(LORA)
+        optimizer = torch.optim.SGD(st.param_groups(model, lr=1.0))
+        recorders = [Recorder(), Recorder()]
+        for recorder in recorders:
+            st.attach(recorder, model, optimizer)
+
+        def closure(model=model, ids=ids, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = model(ids).square().sum()
+            loss.backward()
+            return loss
+
+        if way == "plain":
+            closure()
+            optimizer.step()
+        else:
+            loss = optimizer.step(closure=closure) if keyword else optimizer.step(closure)
+            assert loss.item() > 0
+        assert [r.steps for r in recorders] == [1, 1]
+        moved.append([p.detach().clone() for _, p in st.trainable_parameters(model)])
+    assert all(torch.equal(a, b) for a, b in zip(*moved, strict=True))

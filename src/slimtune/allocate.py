@@ -233,7 +233,8 @@ def eva(
         raise StructureError(
             f"eva: {total} ranks to share out, the inputs have {sum(top.values())} components; calibrate more of them"
         )
-    ratios = {n: (stats[n].singular_values.double().square() / stats[n].total).tolist() for n in layers}
+    energy = {n: stats[n].total or 1.0 for n in layers}  # inputs that are all zero explain nothing
+    ratios = {n: (stats[n].singular_values.double().square() / energy[n]).tolist() for n in layers}
     low = dict.fromkeys(layers, floor)
     return _fill(
         low,

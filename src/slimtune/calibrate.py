@@ -285,6 +285,8 @@ class _Inputs:
             return
         X = torch.cat([self._counted(x) for x in self.waiting])
         self.waiting, self.last = [], object()
+        if not len(X):  # all padding, or an expert that got no token
+            return
         self.rows += len(X)
         self.total += float(X.square().sum())
         if not math.isfinite(self.total):

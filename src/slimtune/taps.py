@@ -173,7 +173,8 @@ class Tap:
         self.host, self.products, self.run, self.calls = host, products, run, 0
 
     def forward(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
-        if not torch.is_grad_enabled():  # the first pass of a reentrant checkpoint
+        # the first pass of a reentrant checkpoint; a layer whose adapters were merged or removed meanwhile
+        if not (torch.is_grad_enabled() and isinstance(self.host, Host)):
             return None
         x = (args[0] if args else kwargs["input"]).detach()
         if not y.requires_grad:

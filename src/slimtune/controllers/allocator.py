@@ -279,6 +279,7 @@ class Allocator(Controller, ABC):
     def scores(self) -> dict[str, dict[int, float]]:
         """S of every live rank. With sharded parameters every process has to call it."""
         state, found = self._optimizer.state, []
+        self._check_sizes()
         for layer, structure in self._structures.items():
             total = None
             for p, dim in _carriers(structure):
@@ -363,6 +364,14 @@ class Allocator(Controller, ABC):
         if self.unit == "ranks":
             return 1
         return sum(p.numel() for p, _ in _carriers(structure)) // _rank(structure)
+
+    def _check_sizes(self) -> None:
+        for layer, structure in self._structures.items():
+            if _rank(structure) != self.sizes[layer]:
+                raise SlimtuneError(
+                    f"{self._kind}: {layer}: something else has changed its rank from {self.sizes[layer]} to "
+                    f"{_rank(structure)}; resize before the controller is attached"
+                )
 
     def _same_ranks(self, present: Mapping[str, int]) -> None:
         if set(self.sizes) != set(present):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import SlimtuneError, StructureError
+from ..errors import DivergenceError, SlimtuneError, StructureError
 from ..layers import Adapter
 from ..ops.processes import agreed, edited, local, several, whole
 from ..ranks import change_ranks, seeded
@@ -107,7 +107,9 @@ class ARD(Controller):
     Raises:
         StructureError: options that are none; a warm-up and final phase that leave no step between; a budget below
             `least` ranks everywhere, when attached.
-        SlimtuneError: when attached to a model without such an adapter or an optimizer that does not hold its gates.
+        SlimtuneError: when attached to a model without such an adapter, or with two on one layer, or to an optimizer
+            that does not hold its gates and, unless masked, its factors.
+        DivergenceError: gates that are not finite.
 
     Example:
         >>> import slimtune as st
@@ -202,6 +204,12 @@ class ARD(Controller):
             raise SlimtuneError("ARD: attach it to the optimizer that holds the adapter's gates, alpha")
         self._groups = [places[id(alpha)] for alpha in self._alphas]
         self._masked = several() if self.masked is None else self.masked
+        factors = [p for s in self._structures.values() for p in (s.A, s.B) if p.requires_grad]
+        if not (self._masked or all(id(p) in places for p in factors)):
+            raise SlimtuneError(
+                "ARD: the optimizer holds the gates, but not A and B, whose shapes change: give all of them to one, in "
+                "groups if need be, or take masked=True"
+            )
         self._sizes = [local(alpha).numel() for alpha in self._alphas]
         costs = [float(s.rank_cost) for s in self._structures.values()]
         mean = sum(c * s.head_count for c, s in zip(costs, self._structures.values(), strict=True)) / sum(
@@ -216,13 +224,15 @@ class ARD(Controller):
         )
         self._pairs = self._neighbours() if self.over == "depth" else None
         if isinstance(self.budget, float):
-            self.budget = int(self.budget * float(self._costs.sum()))
+            total = sum(s.rank_cost * s.base_rank * s.head_count for s in self._structures.values())
+            self.budget = int(self.budget * total)
         floor = self.least * sum(s.rank_cost * s.head_count for s in self._structures.values())
         if self.budget is not None and self.budget < floor:
             raise StructureError(
                 f"ARD: a budget of {self.budget:,} parameters is below the {floor:,} of rank {self.least} everywhere"
             )
         self._hard: bool | None = None
+        self._tau: float | None = None
         self._set()
 
     @torch.no_grad()
@@ -240,8 +250,7 @@ class ARD(Controller):
             self._regularise()
         self.done += 1
         if self.done == self.stop:
-            self._settle()
-            self._round(0)
+            self._round(0, settle=True)
         elif self.adapts(self.done) and (self.done - self.start) % self.interval == 0:
             self._round(self.slack)
         self._set()
@@ -261,7 +270,8 @@ class ARD(Controller):
     # ---- the gates
 
     def _flat(self) -> Tensor:
-        return torch.cat([local(alpha.detach()) for alpha in self._alphas])
+        device = self._alphas[0].device  # layers may lie on several
+        return torch.cat([local(alpha.detach()).to(device) for alpha in self._alphas])
 
     def _spread(self, values: Sequence[float], sizes: Sequence[int] | None = None) -> Tensor:
         """One value per layer, as `_flat` has the gates."""
@@ -287,7 +297,7 @@ class ARD(Controller):
         alpha = (alpha - eta * self.penalty * self._weights).clamp(self._low, self._high)
         torch._foreach_copy_([local(a.detach()) for a in self._alphas], list(alpha.split(self._sizes)))
         if self.budget is not None:
-            used = float((torch.cat([whole(a.detach()) for a in self._alphas]) * self._costs).sum())
+            used = float((torch.cat([whole(a.detach()).to(self._costs) for a in self._alphas]) * self._costs).sum())
             dual_rate = self.dual_rate / (self.stop - self.start)
             self.penalty = max(0.0, self.penalty + dual_rate * (used / self.budget - 1))
 
@@ -311,8 +321,12 @@ class ARD(Controller):
 
     def _set(self) -> None:
         """Gates as the step that comes next wants them."""
-        taus = [s.tau for s in self._structures.values()]
-        torch._foreach_copy_(taus, [taus[0].new_tensor(self.tau(self.done))] * len(taus))
+        tau = self.tau(self.done)
+        if tau != self._tau:  # as a number, which unlike a tensor made of it waits for no device
+            taus = [s.tau for s in self._structures.values()]
+            torch._foreach_zero_(taus)
+            torch._foreach_add_(taus, tau)
+            self._tau = tau
         hard = not self.adapts(self.done)
         if hard != self._hard:
             for structure in self._structures.values():
@@ -322,13 +336,18 @@ class ARD(Controller):
     # ---- the ranks
 
     def ranks(self) -> dict[str, list[int]]:
-        """{layer: round(R0 alpha_h) of every head}."""
+        """{layer: round(R0 alpha_h) of every head}.
+
+        Raises:
+            DivergenceError: a gate that is not finite.
+        """
+        for layer, structure in self._structures.items():
+            if not whole(structure.alpha.detach()).isfinite().all():
+                raise DivergenceError(f"ARD: {layer}: a gate is not finite; are its gradients?")
         return {layer: s.hard_ranks().tolist() for layer, s in self._structures.items()}
 
     def _settle(self) -> None:
-        """With a budget, put alpha where its ranks cost no more."""
-        if self.budget is None:
-            return
+        """Put alpha where its ranks cost no more than the budget."""
         wanted, costs, most = [], [], []
         for s in self._structures.values():
             wanted += [s.base_rank * a for a in whole(s.alpha.detach()).tolist()]
@@ -341,9 +360,12 @@ class ARD(Controller):
             at += s.head_count
             edited(s.alpha.detach(), functools.partial(_copy, values))
 
-    def _round(self, slack: int) -> None:
+    def _round(self, slack: int, settle: bool = False) -> None:
         """Give every head its ranks and `slack` more."""
         found = self.ranks()  # on every process: alpha may be sharded
+        if settle and self.budget is not None:
+            self._settle()
+            found = self.ranks()
         ranks = agreed(lambda: found)
         self._news = {"ranks": {layer: sum(own) for layer, own in ranks.items()}, "heads": ranks}
         if self._masked:
@@ -365,6 +387,8 @@ class ARD(Controller):
                     continue
                 wanted = name == self.adapter or (self.adapter is None and "ARD" in a.recipe.controllers)
                 if wanted and a.structure.alpha.requires_grad:
+                    if layer in found:
+                        raise SlimtuneError(f"ARD: {layer}: several adapters train there; say which by adapter=")
                     found[layer] = a.structure
         if not found:
             what = "whose recipe names ARD" if self.adapter is None else f"called {self.adapter!r}"

@@ -41,6 +41,9 @@ class Controller:
     def end(self, model: nn.Module) -> None:
         """Training is over: make the model what is to be kept of it, such as without masked ranks."""
 
+    def release(self) -> None:
+        """No longer called: let go of all that listens to the model."""
+
     def note(self) -> dict[str, Any] | None:
         """What the step just taken adds to a run's log, as plain JSON data; None, mostly, for nothing."""
         return None
@@ -74,9 +77,21 @@ class Attached:
         self.controller, self.model, self.optimizer = controller, model, optimizer
         controller.begin(model, optimizer)
         self._handles = [
-            optimizer.register_step_pre_hook(lambda *_: None if _skips(optimizer) else controller.before_step(model)),
+            optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(lambda *_: None if _skips(optimizer) else controller.after_step(model)),
         ]
+
+    def _before(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            return None if _skips(self.optimizer) else self.controller.before_step(self.model)
+
+        def closed() -> Any:  # the gradients come only when the step asks for them
+            loss = closure()
+            self.controller.before_step(self.model)
+            return loss
+
+        return (args[:1], {**kwargs, "closure": closed})
 
     def state_dict(self) -> dict[str, Any]:
         """The controller's."""
@@ -96,6 +111,7 @@ class Attached:
         """Stop calling the controller."""
         for handle in self._handles:
             handle.remove()
+        self.controller.release()
 
 
 def attach(controller: Controller, model: nn.Module, optimizer: torch.optim.Optimizer) -> Attached:

@@ -204,16 +204,18 @@ class Residual:
         self.handle = host.register_forward_hook(self.tap.forward, with_kwargs=True, prepend=True)
 
     def triples(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(U (O, K), S (K,), V (K, I)); S is 0 where the gradient is not finite or did not come by."""
+        """(U (O, K), S (K,), V (K, I)); S is 0 where the gradient or a factor is not finite, or no gradient came by."""
         for product in self.tap.products:
             if product.total is None:
                 product.start(self.tap.host, self.QA.device)
             product.total = summed(product.total, self.tap.host.weight.device)  # type: ignore[arg-type]
         Y, Z = (product.total for product in self.tap.products)
-        if not (Y.isfinite().all() and Z.isfinite().all()):  # type: ignore[union-attr]
-            Y, Z = torch.zeros_like(Y), torch.zeros_like(Z)  # type: ignore[arg-type]
-        Q = torch.linalg.qr(Y - self.QB @ (self.QB.t() @ Y))[0]  # type: ignore[operator]
-        X = torch.linalg.pinv(self.Psi.t() @ Q) @ (Z - (Z @ self.QA) @ self.QA.t())  # type: ignore[operator]
+        parts: Any = (Y, Z, self.QA, self.QB, self.Psi)
+        if not all(t.isfinite().all() for t in parts):
+            parts = map(torch.zeros_like, parts)
+        Y, Z, QA, QB, Psi = parts
+        Q = torch.linalg.qr(Y - QB @ (QB.t() @ Y))[0]
+        X = torch.linalg.pinv(Psi.t() @ Q) @ (Z - (Z @ QA) @ QA.t())
         U, S, V = torch.linalg.svd(X, full_matrices=False)
         return Q @ U, S, V
 
@@ -417,6 +419,9 @@ class ElaLoRA(Allocator):
         self._stop_listening()
         super().end(model)
 
+    def release(self) -> None:
+        self._stop_listening()
+
     def decide(self, t: int, scores: Scores) -> dict[str, Change]:
         layers, slots = list(scores), [list(row) for row in scores.values()]
         rows = [list(row.values()) for row in scores.values()]
@@ -440,6 +445,7 @@ class ElaLoRA(Allocator):
         structure = self.layers[layer]
         for name, dim in structure.rank_dims.items():
             values, rows = new[name].movedim(dim, 0), whole(getattr(structure, name)).movedim(dim, 0)[list(keep)]
+            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
             if values.dim() != 2 or not values.any():
                 continue  # what makes dW of a new rank 0
             if layer in self._directions:
@@ -458,6 +464,7 @@ class ElaLoRA(Allocator):
         """Sketch the gradients of the next step, if a round follows it."""
         if self.rule != "improved" or not self.due(self.done + 1):
             return
+        self._check_sizes()
         for layer, structure in self.layers.items():
             factors = (whole(getattr(structure, name)).movedim(dim, 0) for name, dim in (("A", 0), ("B", 1)))
             A, B = (t[self.live(layer)].to(torch.promote_types(t.dtype, torch.float32)) for t in factors)

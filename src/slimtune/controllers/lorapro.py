@@ -195,8 +195,7 @@ class LoRAPro(Controller):
         for batch in batches:
             if self.form == "factors":
                 A, B = _factors(batch)
-                A1, B1 = retracted(batch.A, batch.B, A - batch.A, B - batch.B)
-                _add(batch, A1 - A, B1 - B)
+                _retract(batch, (batch.A, batch.B), (A - batch.A, B - batch.B))
                 continue
             self._full(batch) if self.form == "full" else self._lean(batch)
             for (A, B), (gA, gB) in zip(batch.parameters, batch.grads, strict=True):
@@ -277,9 +276,7 @@ class LoRAPro(Controller):
         if not self.retract:
             _add(batch, -lr * hA, -lr * hB)
             return
-        A, B = _factors(batch)
-        A1, B1 = retracted(A, B, -lr * hA, -lr * hB)
-        _add(batch, A1 - A, B1 - B)
+        _retract(batch, _factors(batch), (-lr * hA, -lr * hB))
 
     def _adjusted(
         self, batch: _Batch, gA: Tensor, gB: Tensor, X: str | None = None, cap: bool = True
@@ -297,16 +294,12 @@ class LoRAPro(Controller):
                 batch.A, batch.B, gA, gB, batch.scale, X or self.X, self.damping, self.absolute, limits
             )
         except torch.linalg.LinAlgError:
-            bad = [
-                layer.name
-                for layer, A, B in zip(batch.layers, batch.A, batch.B, strict=True)
-                if not (A.isfinite().all() and B.isfinite().all())
-            ]
-            raise DivergenceError(f"LoRAPro: the factors of {', '.join(bad)} are no longer finite") from None
+            raise _diverged(batch, batch.A, batch.B) from None
 
     def _adam(self, layer: _Layer) -> tuple[tuple[float, float], float]:
         group = self._optimizer.param_groups[layer.groups[0]]
-        return group.get("betas", (0.9, 0.999)), group.get("eps", 1e-8)
+        eps = group.get("eps", 1e-8)
+        return group.get("betas", (0.9, 0.999))[:2], eps if is_number(eps) else 1e-8  # Adafactor has a pair of them
 
     def _check_rates(self) -> None:
         for layer in self._layers if self.form != "factors" else ():
@@ -355,6 +348,22 @@ def _factors(batch: _Batch) -> tuple[Tensor, Tensor]:
     """As they are now, stacked."""
     pairs: list[Pair] = [layer.adapter.structure.pair() for layer in batch.layers]  # type: ignore[operator]
     return torch.stack([p.A for p in pairs]), torch.stack([p.B for p in pairs])
+
+
+def _retract(batch: _Batch, start: tuple[Tensor, Tensor], step: tuple[Tensor, Tensor]) -> None:
+    """Put the factors where `retracted` has the step from `start` end."""
+    (A, B), (dA, dB) = _factors(batch), step
+    try:
+        A1, B1 = retracted(*start, dA, dB)
+    except torch.linalg.LinAlgError:
+        raise _diverged(batch, start[0] + dA, start[1] + dB) from None
+    _add(batch, A1 - A, B1 - B)
+
+
+def _diverged(batch: _Batch, A: Tensor, B: Tensor) -> DivergenceError:
+    rows = zip(batch.layers, A, B, strict=True)
+    bad = [layer.name for layer, a, b in rows if not (a.isfinite().all() and b.isfinite().all())]
+    return DivergenceError(f"LoRAPro: the factors of {', '.join(bad)} are no longer finite")
 
 
 def _add(batch: _Batch, dA: Tensor, dB: Tensor) -> None:

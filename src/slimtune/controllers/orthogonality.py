@@ -90,10 +90,10 @@ class Orthogonality(Controller):
         for (dim, *_), parameters in alike.items():
             M = torch.stack([whole(p) for p in parameters])
             D = _excess(M @ M.mT if dim == 0 else M.mT @ M)  # (N, R, R)
-            if self.squared:
-                D *= 2 * strength
-            else:
-                D *= strength / D.flatten(1).norm(dim=1).clamp_min(torch.finfo(D.dtype).tiny)[:, None, None]
+            norms = torch.linalg.matrix_norm(D, keepdim=True)
+            D *= 2 * strength if self.squared else strength
+            if not self.squared:
+                D /= norms.clamp_min(torch.finfo(D.dtype).tiny)
             if unscale is not None:
                 D *= unscale
             G = D @ M if dim == 0 else M @ D

@@ -86,7 +86,7 @@ def loraga(
         c = 1 / abs(scale) if size == "gd_scale" else 1.0
     ofA, ofB = DIRECTIONS[direction](R)
     A, B = Vh[ofA], U[:, ofB]
-    if not S[0] > 0:  # no gradient came this far
+    if not (S[0] > 0 and c > 0):  # no gradient came this far, or no weight to measure by: with A0 = B0 = 0 none moves
         return
     own.A0[: len(A)] = c * A
     own.B0[:, : B.shape[1]] = c * B
