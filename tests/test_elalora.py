@@ -1,6 +1,7 @@
 """ElaLoRA: its schedule, the two rules by which ranks move, growth, and what a round leaves alone."""
 
 import copy
+import gc
 import json
 import math
 from dataclasses import replace
@@ -14,6 +15,14 @@ import slimtune as st
 from cases import One, kinds, shake
 from slimtune.controllers.allocator import Change
 from slimtune.controllers.elalora import Residual, exchange, exchange_by_gain, moving, outside
+
+
+@pytest.fixture(autouse=True)
+def compiling():
+    """Runs that a test leaves in the middle keep the process from compiling until they are collected."""
+    yield
+    gc.collect()
+
 
 # ---------------------------------------------------------------- the plan of one round
 
@@ -609,6 +618,29 @@ def test_unbinding_leaves_no_hook_behind():
     for handle in handles:
         handle.remove()
     assert not any(layer._forward_hooks for layer in model)
+
+
+def compiles():
+    """Whether torch.compile does anything."""
+    seen = []
+    torch.compile(lambda x: x + 1, backend=lambda graph, _: seen.append(graph) or graph.forward)(torch.ones(2))
+    return bool(seen)
+
+
+def test_compilation_is_back_when_the_last_has_listened_or_is_forgotten():
+    assert compiles()
+    *_, first, _ = before_a_round()
+    *_, second, _ = before_a_round()
+    assert not compiles()
+    for handle in first:
+        handle.remove()
+    assert not compiles()
+    for handle in second:
+        handle.remove()
+    assert compiles()
+    before_a_round()
+    gc.collect()
+    assert compiles()
 
 
 @pytest.mark.parametrize("copied", [True, False])

@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 import sys
 import warnings
+import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -220,10 +221,24 @@ class Residual:
         return Q @ U, S, V
 
 
-def _eagerly() -> Any:
-    """Let what is compiled run as it is written: hooks that come after compilation are not called otherwise. None where
-    nothing is compiled; what it returns has an `__exit__`."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else None
+class _Eager:
+    """While there is one of these, what is compiled runs as it is written: hooks that come after compilation are not
+    called otherwise. That holds for the whole process, so that one which is forgotten ends with its owner."""
+
+    count: ClassVar[int] = 0
+    stance: ClassVar[Any] = None
+
+    def __init__(self) -> None:
+        if not _Eager.count:
+            _Eager.stance = torch.compiler.set_stance("force_eager")
+        _Eager.count += 1
+        self.end = weakref.finalize(self, _Eager.ended)
+
+    @staticmethod
+    def ended() -> None:
+        _Eager.count -= 1
+        if not _Eager.count:
+            _Eager.stance.__exit__(None, None, None)
 
 
 class ElaLoRA(Allocator):
@@ -470,15 +485,15 @@ class ElaLoRA(Allocator):
             A, B = (t[self.live(layer)].to(torch.promote_types(t.dtype, torch.float32)) for t in factors)
             draw = seeded(self.seed, layer, self.done, "probe")
             self._probes[layer] = Residual(self._hosts[layer], A, B.t(), self.k, draw)
-        self._stance = _eagerly()
+        self._eager = _Eager() if "torch._dynamo" in sys.modules else None
 
     def _stop_listening(self) -> None:
         for probe in vars(self).get("_probes", {}).values():
             probe.handle.remove()
         self._probes = {}
-        if stance := vars(self).get("_stance"):
-            stance.__exit__(None, None, None)
-        self._stance = None
+        if eager := vars(self).get("_eager"):
+            eager.end()
+        self._eager = None
 
     @torch.no_grad()
     def _ask(self) -> None:
