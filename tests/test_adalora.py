@@ -428,6 +428,29 @@ def test_masked_and_physical_ranks_train_alike(dtype, optimizer):
     assert sum(physical.ada.ranks().values()) == 6
 
 
+class Coded(torch.optim.AdamW):
+    """Keeps codes and blocks, as 8-bit optimizers do: code 0 is not zero."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for p, state in self.state.items():
+            state["codes"] = torch.full_like(p, 128, dtype=torch.uint8)
+            state["absmax"] = torch.ones(2 + p.numel() // 256)
+
+
+@pytest.mark.parametrize("regrow", [True, False])
+def test_codes_of_another_optimizer_are_not_taken_for_numbers(regrow):
+    run = Run(masked=True, regrow=regrow, optimizer=Coded)
+    with pytest.warns(UserWarning, match="Coded keeps state of another shape"):
+        run.steps(24)
+    for n, structure in run.structures.items():
+        off = run.ada.off[n]
+        assert off and not structure.A[off].any() and not structure.B[:, off].any() and not structure.core[off].any()
+        for p in structure.parameters():
+            assert (run.optimizer.state[p]["codes"] == 128).all()
+            assert run.optimizer.state[p]["step"] < 24
+
+
 def test_masked_ranks_do_not_recompile():
     run = Run(masked=True, regrow=False)
     torch._dynamo.reset()

@@ -414,6 +414,30 @@ def test_masked_and_physical_ranks_train_alike(rule):
     torch.testing.assert_close(runs[0](x), runs[1](x), rtol=1e-9, atol=1e-9)
 
 
+def test_a_slot_that_is_taken_starts_at_the_mean_of_factored_moments():
+    model, recipe = toy(shapes=EQUAL, ceiling=6)
+    recipe.controllers["ElaLoRA"]["masked"] = True
+    optimizer = torch.optim.Adafactor(st.param_groups(model, lr=1e-2))
+    controller = controller_of(attached(model, recipe, optimizer))
+    for n in range(3):
+        optimizer.zero_grad()
+        loss_of(model, n).backward()
+        optimizer.step()
+    structure = model[0].adapters["default"].structure
+    rows = optimizer.state[structure.A]["row_var"].flatten().clone()
+    columns = optimizer.state[structure.B]["col_var"].flatten().clone()
+    controller.carry_out({"0": Change([0, 2, 3], 1)})
+    assert controller.off["0"] == [4, 5]
+    for found, before in (
+        (optimizer.state[structure.A]["row_var"], rows),
+        (optimizer.state[structure.B]["col_var"], columns),
+    ):
+        want = before.clone()
+        want[1] = before[[0, 2, 3]].mean()
+        want[4:] = 0
+        torch.testing.assert_close(found.flatten(), want)
+
+
 def test_compiled_model_moves_the_same_ranks_and_is_compiled_once():
     """Hooks that come after compilation are not called by what was compiled: the sketched step runs without."""
     seen = []
@@ -663,6 +687,17 @@ def test_factors_in_half_precision():
     assert sum(ranks_of(model)) == 12 and len(set(ranks_of(model))) > 1
     structure = model[0].adapters["default"].structure
     assert structure.A.dtype == structure.core.dtype == torch.bfloat16
+
+
+def test_a_round_is_passed_over_where_one_layers_sketch_is_not_finite():
+    """As after a backward pass whose step mixed precision skipped: 0 would say that the layer wants no ranks."""
+    model, optimizer, _, handles, steps = before_a_round()
+    controller = controller_of(handles)
+    loss_of(model, steps).backward()
+    controller._probes["2"].tap.products[0].total[0, 0] = math.inf
+    with pytest.warns(UserWarning, match="no rank moves"):
+        optimizer.step()
+    assert ranks_of(model) == [4, 4, 4] and controller.note() is None
 
 
 @pytest.mark.parametrize("factor", ["A", "B"])

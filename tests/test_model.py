@@ -387,3 +387,55 @@ def test_gradients_that_a_closure_makes_are_edited_too(keyword):
         assert [r.steps for r in recorders] == [1, 1]
         moved.append([p.detach().clone() for _, p in st.trainable_parameters(model)])
     assert all(torch.equal(a, b) for a, b in zip(*moved, strict=True))
+
+
+class Derived(torch.optim.SGD):
+    """Its step and that of its base are both called with hooks, once the base has been made by itself."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_step_within_a_step_counts_once(closed):
+    moved = []
+    for kind in (torch.optim.SGD, Derived):
+        model, _, ids = chain(LORA)
+        optimizer = kind(st.param_groups(model, lr=1.0), lr=1.0)
+        recorder = Recorder()
+        st.attach(recorder, model, optimizer)
+        for _ in range(2):
+            optimizer.zero_grad()
+
+            def closure(model=model, ids=ids):
+                loss = model(ids).square().sum()
+                loss.backward()
+                return loss
+
+            if closed:
+                optimizer.step(closure)
+            else:
+                closure()
+                optimizer.step()
+        assert recorder.steps == 2
+        moved.append([p.detach().clone() for _, p in st.trainable_parameters(model)])
+    assert all(torch.equal(a, b) for a, b in zip(*moved, strict=True))
+
+
+def test_a_closure_that_fails_is_forgotten():
+    model, _, ids = chain(LORA)
+    optimizer = torch.optim.SGD(st.param_groups(model, lr=1.0))
+    recorder = Recorder()
+    st.attach(recorder, model, optimizer)
+
+    def fails():
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        optimizer.step(fails)
+    model(ids).square().sum().backward()
+    grads = [p.grad.clone() for _, p in st.trainable_parameters(model)]
+    optimizer.step()
+    assert recorder.steps == 1
+    halved = [p.grad for _, p in st.trainable_parameters(model)]
+    assert all(torch.equal(a, b / 2) for a, b in zip(halved, grads, strict=True))

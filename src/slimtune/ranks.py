@@ -20,7 +20,10 @@ from .targets import hosts, require_adapter
 __all__ = ["change_ranks", "compact", "rank_sizes", "resize", "seeded"]
 
 SECOND_MOMENTS = frozenset(
-    ("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "acc_delta", "sum", "variance", "step_size")
+    (
+        *("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "acc_delta", "sum", "variance", "step_size"),
+        "state2",  # bitsandbytes
+    )
 )
 """State that the length of an optimizer's step comes from; a new rank starts at the mean of the kept ones."""
 
@@ -123,28 +126,35 @@ def _change(
     if grad is not None:
         p.grad = _joined(grad, index, dim, zeros)
     for optimizer in optimizers:
-        state = optimizer.state.get(p)
-        if not state:
-            continue
-        places = {key: _rank_dim(key, v, shape, dim) for key, v in state.items()}
-        if None in places.values():
-            warnings.warn(
-                f"{type(optimizer).__name__} keeps state of another shape than its parameters; the moments of a "
-                "parameter whose rank changes start afresh",
-                UserWarning,
-                stacklevel=2,
-            )
-            del optimizer.state[p]
-            continue
-        for key, at in places.items():
-            if at is not None and at >= 0:
-                v = state[key]
-                fill = None
-                if extra is not None:
-                    fill = v.new_zeros([*v.shape[:at], extra.shape[dim], *v.shape[at + 1 :]])
-                    if key in SECOND_MOMENTS or key in FACTORED:
-                        fill += (v.index_select(at, index) if len(index) else v).mean(at, keepdim=True)
-                state[key] = _joined(v, index, at, fill)
+        for key, at in rank_states(optimizer, p, shape, dim).items():
+            v = optimizer.state[p][key]
+            fill = None
+            if extra is not None:
+                fill = v.new_zeros([*v.shape[:at], extra.shape[dim], *v.shape[at + 1 :]])
+                if starts_at_mean(key):
+                    fill += (v.index_select(at, index) if len(index) else v).mean(at, keepdim=True)
+            optimizer.state[p][key] = _joined(v, index, at, fill)
+
+
+def starts_at_mean(key: str) -> bool:
+    """Whether a new rank's part of this state of an optimizer is the mean of the others', rather than zero."""
+    return key in SECOND_MOMENTS or key in FACTORED
+
+
+def rank_states(optimizer: torch.optim.Optimizer, p: Tensor, shape: torch.Size, dim: int) -> dict[str, int]:
+    """{key: the dimension that counts ranks} of what an optimizer keeps of a parameter of this shape with ranks in
+    `dim`. State that cannot be told apart, such as 8-bit blocks, is dropped to start afresh, with a warning."""
+    places = {key: _rank_dim(key, v, shape, dim) for key, v in optimizer.state.get(p, {}).items()}
+    if None in places.values():
+        warnings.warn(
+            f"{type(optimizer).__name__} keeps state of another shape than its parameters; the moments of a "
+            "parameter whose rank changes start afresh",
+            UserWarning,
+            stacklevel=2,
+        )
+        del optimizer.state[p]
+        return {}
+    return {key: at for key, at in places.items() if at is not None and at >= 0}
 
 
 def _rank_dim(key: str, v: object, shape: torch.Size, dim: int) -> int | None:

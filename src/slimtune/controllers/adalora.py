@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from ..errors import StructureError
-from ..ranks import SECOND_MOMENTS
+from ..ranks import starts_at_mean
 from ..structures.base import check_count
 from .allocator import Allocator, Change, Scores, best_ranks, check_share, clear_slots
 
@@ -185,5 +185,5 @@ class AdaLoRA(Allocator):
             for name, dim in structure.rank_dims.items():
                 p = getattr(structure, name)
                 for key, v in self.moments(p):
-                    if key not in SECOND_MOMENTS and key not in self._keys:
+                    if not starts_at_mean(key) and key not in self._keys:
                         clear_slots(v, dim, sorted(slots))

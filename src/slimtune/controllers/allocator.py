@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import DivergenceError, SlimtuneError, StructureError
 from ..ops.processes import agreed, edited, local, several, whole
-from ..ranks import SECOND_MOMENTS, change_ranks, seeded
+from ..ranks import change_ranks, rank_states, seeded, starts_at_mean
 from ..structures import Structure
 from ..structures.base import check_count
 from .base import Controller, trained_adapters
@@ -209,9 +209,11 @@ class Allocator(Controller, ABC):
         return sum(rank * self._costs[layer] for layer, rank in self.ranks().items())
 
     def moments(self, p: Tensor) -> list[tuple[str, Tensor]]:
-        """What the optimizer's state holds of a parameter, or of a buffer nothing, in its shape: (key, tensor)."""
+        """What the optimizer's state holds of a parameter, or of a buffer nothing, in its shape: (key, tensor). Codes
+        of 8-bit optimizers are left out: their 0 is not zero."""
         state = self._optimizer.state.get(p, {})
-        return [(key, v) for key, v in state.items() if torch.is_tensor(v) and v.dim() and v.shape == p.shape]
+        floats = [(key, v) for key, v in state.items() if torch.is_tensor(v) and v.dim() and v.is_floating_point()]
+        return [(key, v) for key, v in floats if v.shape == p.shape]
 
     # ---- the controller
 
@@ -338,11 +340,12 @@ class Allocator(Controller, ABC):
                 _put(t, dim, taken, new[name])
             if t.grad is not None:
                 clear_slots(t.grad, dim, free)
-            for key, v in self.moments(t):
-                clear_slots(v, dim, free)
-                if grow and keep and key in SECOND_MOMENTS:
-                    kept = whole(v).index_select(dim, torch.tensor(keep, device=v.device))
-                    _put(v, dim, taken, kept.mean(dim, keepdim=True))
+            for key, at in rank_states(self._optimizer, t, t.shape, dim).items():
+                v = self._optimizer.state[t][key]
+                clear_slots(v, at, free)
+                if grow and keep and starts_at_mean(key):
+                    kept = whole(v).index_select(at, torch.tensor(keep, device=v.device))
+                    _put(v, at, taken, kept.mean(at, keepdim=True))
         self.off.pop(layer, None)
         if off:
             self.off[layer] = off

@@ -76,21 +76,35 @@ class Attached:
     def __init__(self, controller: Controller, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.controller, self.model, self.optimizer = controller, model, optimizer
         controller.begin(model, optimizer)
+        self._open = False  # within a step, which may hold another: torch hooks the step of a subclass and of its base
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(lambda *_: None if _skips(optimizer) else controller.after_step(model)),
+            optimizer.register_step_post_hook(self._after),
         ]
 
+    def _after(self, *_: Any) -> None:
+        if not self._open:
+            return
+        self._open = False
+        self.controller.after_step(self.model)
+
     def _before(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._open or _skips(self.optimizer):
+            return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
-            return None if _skips(self.optimizer) else self.controller.before_step(self.model)
+            self.controller.before_step(self.model)
+            self._open = True
+            return None
 
         def closed() -> Any:  # the gradients come only when the step asks for them
+            self._open = False
             loss = closure()
             self.controller.before_step(self.model)
+            self._open = True
             return loss
 
+        self._open = True
         return (args[:1], {**kwargs, "closure": closed})
 
     def state_dict(self) -> dict[str, Any]:

@@ -212,7 +212,8 @@ class Residual:
             product.total = summed(product.total, self.tap.host.weight.device)  # type: ignore[arg-type]
         Y, Z = (product.total for product in self.tap.products)
         parts: Any = (Y, Z, self.QA, self.QB, self.Psi)
-        if not all(t.isfinite().all() for t in parts):
+        self.finite = all(bool(t.isfinite().all()) for t in parts)
+        if not self.finite:
             parts = map(torch.zeros_like, parts)
         Y, Z, QA, QB, Psi = parts
         Q = torch.linalg.qr(Y - QB @ (QB.t() @ Y))[0]
@@ -503,6 +504,8 @@ class ElaLoRA(Allocator):
             U, S, V = probe.triples()
             self._directions[layer] = (V, U.t())
             self._gains[layer] = S[: self.k].square().tolist()
+        if not all(probe.finite for probe in probes.values()):  # such a layer would seem to want no ranks
+            self._gains = {layer: [] for layer in probes}
         if not any(map(any, self._gains.values())):
             warnings.warn(
                 "ElaLoRA: no finite gradient came by in the step before a round, so no rank moves",
