@@ -127,15 +127,22 @@ def carry_out(run: Run) -> dict[str, Any]:
             "layers": json.loads((folder / "run" / "ranks.json").read_text()),
             "seconds_per_step": found["seconds_per_step"],
         }
-        picture = folder / "run" / "plots" / "ranks.png"
-        if picture.exists() and run.seed == SEEDS[0]:
-            PICTURES.mkdir(parents=True, exist_ok=True)
-            shutil.copy(picture, PICTURES / f"{run.task}-{run.method}-{run.rate:g}.png")
+        if run.seed == SEEDS[0]:
+            _keep_picture(folder / "run" / "plots", run, {layer["rank"] for layer in row["layers"]})
     except Exception as error:  # a diverged run is a result too
         row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return row | {"seconds": round(time.time() - start, 1)}
+
+
+def _keep_picture(plots: Path, run: Run, ranks: set[int | None]) -> None:
+    """Ranks over time where they moved, those at the end where they only differ, nothing where they are all alike."""
+    moved, differ = plots / "ranks.png", plots / "layers.png"
+    picture = moved if moved.exists() else differ if len(ranks - {None}) > 1 else None
+    if picture is not None:
+        PICTURES.mkdir(parents=True, exist_ok=True)
+        shutil.copy(picture, PICTURES / f"{run.task}-{run.method}-{run.rate:g}.png")
 
 
 def rows() -> list[dict[str, Any]]:
