@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import warnings
 
 import pytest
 import torch
@@ -653,11 +654,12 @@ def test_maximize_goes_up(form):
 def test_two_rates_descend_with_x_zero_and_are_refused_where_the_product_steps():
     model, x, y = layer()
     optimizer = torch.optim.SGD(st.param_groups(model, lr=1e-6, b_ratio=16))
-    st.attach(st.LoRAPro(X="zero"), model, optimizer)
+    handle = st.attach(st.LoRAPro(X="zero"), model, optimizer)
     start = loss_of(model, x, y)
     start.backward()
     optimizer.step()
     assert loss_of(model, x, y) < start
+    handle.remove()
     for form in ("full", "lean"):
         with pytest.raises(st.SlimtuneError, match=r"0, adapter 'default': A learns at 1e-06 and B at 1\.6e-05"):
             st.attach(st.LoRAPro(form), model, optimizer)
@@ -985,3 +987,23 @@ def test_adam_s_numbers_where_the_optimizer_has_others(form):
             optimizer.step()
         weights.append(weight(model))
     torch.testing.assert_close(*weights)
+
+
+@pytest.mark.parametrize("form", ["factors", "full", "lean"])
+def test_ranks_changed_on_the_way(form):
+    """A square A has the shape of full's moments of W, which ranks do not touch."""
+    model, x, y = layer(sizes=(4, 7), recipe=st.lora(rank=4))
+    optimizer = torch.optim.AdamW(st.param_groups(model, lr=0.01))
+    st.attach(st.LoRAPro(form), model, optimizer)
+    losses = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # moments that start afresh
+        for n in range(12):
+            if n == 4:
+                st.resize(model, {"0": 3}, optimizer)
+            optimizer.zero_grad()
+            loss = loss_of(model, x, y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert adapter_of(model).structure.rank == 3 and losses[-1] < losses[4]

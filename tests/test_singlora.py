@@ -236,12 +236,13 @@ def test_scale_in_the_ramp_is_saved(tmp_path):
 def test_a_ramp_touches_its_own_adapters_only():
     model, recipe, optimizer = ramped()
     st.adapt(model, st.lora(rank=2, alpha=2), name="other")
-    st.attach(st.controllers_of(recipe, 10)[0], model, optimizer)
+    handle = st.attach(st.controllers_of(recipe, 10)[0], model, optimizer)
     assert model[0].adapters["default"].scale == 0.75 and model[0].adapters["other"].scale == 1
     st.attach(st.Ramp(steps=2, adapter="other"), model, torch.optim.SGD(st.param_groups(model, lr=0.1)))
     assert model[0].adapters["other"].scale == 0.5
     with pytest.raises(st.SlimtuneError, match="no adapter called 'gone'"):
         st.attach(st.Ramp(steps=2, adapter="gone"), model, optimizer)
+    handle.remove()
     st.remove(model, "default")
     with pytest.raises(st.SlimtuneError, match="no adapter whose recipe names a Ramp"):
         st.attach(st.Ramp(steps=2), model, optimizer)

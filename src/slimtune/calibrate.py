@@ -324,6 +324,11 @@ class _Inputs:
 
 
 def _own_forward(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, (list, tuple)):
+        raise DataError(
+            f"calibrate: a batch is a {type(batch).__name__}; expected a mapping, for model(**batch), or a tensor. "
+            "Give loss=lambda model, batch: ..., or forward= to calibrate.inputs"
+        )
     return model(**batch) if isinstance(batch, Mapping) else model(batch)
 
 
@@ -370,6 +375,8 @@ def fit(
         >>> st.adapt(model, recipe, ["0", "2"], stats=stats)
         ['0', '2']
     """
+    if not isinstance(recipe, Recipe):
+        raise StructureError(f"calibrate: expected a Recipe such as st.gora(), got {type(recipe).__name__}")
     check(recipe.init, recipe.name)
     check_allocation(recipe.allocation, recipe.name)
     parts: list[tuple[Initialiser | Allocator, Mapping[str, Any]]]

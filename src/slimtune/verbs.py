@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,6 +91,10 @@ def adapt(
     Raises:
         TargetError, AdapterNameError, StructureError: nothing has been changed then.
 
+    Warns:
+        UserWarning: statistics with a recipe that shares ranks out by them, but lacks the ranks that
+            `st.calibrate.fit` has found.
+
     Example:
         >>> import slimtune as st
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -98,6 +103,7 @@ def adapt(
     """
     if not isinstance(recipe, Recipe):
         raise StructureError(f"adapt: expected a Recipe such as st.lora(), got {recipe!r}")
+    check_stats(recipe, stats)
     check_free(model, name)
     own = own_modules(model)
     saved = pick(modules_to_save, own, "modules_to_save") if modules_to_save else []
@@ -121,6 +127,22 @@ def adapt(
             p.requires_grad_(True)
         raise
     return chosen
+
+
+def check_stats(recipe: Recipe, stats: object) -> None:
+    """Raise or warn where a recipe cannot be meant to start from `stats`."""
+    if stats is not None and not isinstance(stats, Mapping):
+        raise StructureError(
+            "stats must be {layer: statistics}, the second of the two values that st.calibrate.fit returns, got "
+            f"{type(stats).__name__}"
+        )
+    if stats and recipe.allocation and not recipe.overrides:
+        warnings.warn(
+            f"{recipe.name} shares ranks out by the data, and this recipe holds none of the ranks found: take "
+            "the recipe that st.calibrate.fit returned with the statistics",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def build_adapter(module: nn.Module, name: str, recipe: Recipe, device: torch.device | str | None = None) -> Adapter:

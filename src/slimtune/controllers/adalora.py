@@ -9,7 +9,7 @@ import torch
 from ..errors import StructureError
 from ..ranks import starts_at_mean
 from ..structures.base import check_count
-from .allocator import Allocator, Change, Scores, best_ranks, check_share, clear_slots
+from .allocator import Allocator, Change, Scores, best_ranks, check_share, clear_slots, length_of
 
 __all__ = ["AdaLoRA", "cubic_budget"]
 
@@ -116,8 +116,8 @@ class AdaLoRA(Allocator):
         self.delta_t = check_share(delta_t, "AdaLoRA: delta_t", total_steps, least=1)
         if not self.t_init < total_steps - self.t_final:
             raise StructureError(
-                f"AdaLoRA: t_init = {t_init} and t_final = {t_final} leave no step to prune in of total_steps = "
-                f"{total_steps}"
+                f"AdaLoRA: t_init = {t_init} and t_final = {t_final} leave no step to prune in"
+                f"{length_of(total_steps)}"
             )
         self.full = 0
         """The budget at the start, once attached."""
@@ -151,6 +151,14 @@ class AdaLoRA(Allocator):
                         f"AdaLoRA: {layer}: a pruned rank comes back from its core, which {type(structure).__name__} "
                         "has not got here; take LowRank(core=True) or regrow=False"
                     )
+
+    def missing(self) -> str | None:
+        if self.done < self.last and self.spent() > self.budget(self.last):
+            return (
+                f"the run ended after {self.done} of its {self.total_steps} steps, before the last pruning at step "
+                f"{self.last}, so the layers keep more ranks than the target of {self.target} on average"
+            )
+        return self._overran(self.total_steps)
 
     def observes(self, t: int) -> bool:
         return t < self.last

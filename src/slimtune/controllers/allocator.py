@@ -20,7 +20,10 @@ from ..structures import Structure
 from ..structures.base import check_count
 from .base import Controller, trained_adapters
 
-__all__ = ["Allocator", "Change", "Scores", "best_ranks", "check_share", "clear_slots"]
+__all__ = ["ANY_LENGTH", "Allocator", "Change", "Scores", "best_ranks", "check_share", "clear_slots", "length_of"]
+
+ANY_LENGTH = 10**9
+"""Steps of a run that is not known yet: enough for any schedule given in steps."""
 
 Scores = Mapping[str, Mapping[int, float]]
 """{layer: {slot: S of the rank there}}, live ranks only, layers in the model's order."""
@@ -86,6 +89,11 @@ def check_share(value: object, what: str, total_steps: int, least: int = 0) -> i
             f"{what} must be a number of steps, at least {least}, or a share of them in [0, 1), got {value!r}"
         )
     return value
+
+
+def length_of(total_steps: int) -> str:
+    """How long the run is, for a message; nothing where a recipe checks its options before that is known."""
+    return "" if total_steps == ANY_LENGTH else f" of total_steps = {total_steps}"
 
 
 class Allocator(Controller, ABC):
@@ -214,6 +222,11 @@ class Allocator(Controller, ABC):
         state = self._optimizer.state.get(p, {})
         floats = [(key, v) for key, v in state.items() if torch.is_tensor(v) and v.dim() and v.is_floating_point()]
         return [(key, v) for key, v in floats if v.shape == p.shape]
+
+    def _overran(self, total_steps: int) -> str | None:
+        if self.done <= total_steps:
+            return None
+        return f"made for {total_steps} steps, it has seen {self.done}; ranks stood still since its schedule ended"
 
     # ---- the controller
 

@@ -122,6 +122,8 @@ class ARD(Controller):
         1
     """
 
+    _adjusts = frozenset(("penalty", "budget"))
+
     def __init__(
         self,
         *,
@@ -254,6 +256,14 @@ class ARD(Controller):
         elif self.adapts(self.done) and (self.done - self.start) % self.interval == 0:
             self._round(self.slack)
         self._set()
+
+    def missing(self) -> str | None:
+        if self.done < self.stop:
+            return (
+                f"the run ended after {self.done} steps, before step {self.stop}, where gates come to whole ranks; "
+                "they stay soft"
+            )
+        return None
 
     @torch.no_grad()
     def end(self, model: nn.Module) -> None:

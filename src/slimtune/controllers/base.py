@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -29,6 +30,9 @@ class Controller:
     with the controller's name: there they are saved, resumed, sharded and resized with Adam's own moments.
     """
 
+    _seen = False
+    """Whether it was called after a step, in this run or in the one that its state is of."""
+
     def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Called when attached, and again when its state was put back: make the model ready for the next step."""
 
@@ -40,6 +44,10 @@ class Controller:
 
     def end(self, model: nn.Module) -> None:
         """Training is over: make the model what is to be kept of it, such as without masked ranks."""
+
+    def missing(self) -> str | None:
+        """What the run would still have needed for `end` to leave what was asked for, in words; None for nothing."""
+        return None
 
     def release(self) -> None:
         """No longer called: let go of all that listens to the model."""
@@ -57,11 +65,28 @@ class Controller:
 
         Raises:
             SlimtuneError: keys other than this controller's own.
+
+        Warns:
+            UserWarning: options, such as total_steps, that were others in the run the state is of; those hold.
         """
         if set(state) != set(self.state_dict()):
             odd = sorted(set(state) ^ set(self.state_dict()))
             raise SlimtuneError(f"{type(self).__name__}: state has other keys than expected: {', '.join(odd)}")
-        vars(self).update(copy.deepcopy(state))
+        if not self._seen:
+            self._tell_changed(state)
+        vars(self).update(copy.deepcopy(state), _seen=True)
+
+    _adjusts: frozenset[str] = frozenset()
+    """Options that it changes by itself while it runs."""
+
+    def _tell_changed(self, state: dict[str, Any]) -> None:
+        options = inspect.signature(type(self)).parameters.keys() & state.keys() - self._adjusts
+        changed = [key for key in sorted(options) if state[key] != getattr(self, key)]
+        if changed:
+            told = ", ".join(f"{key} = {state[key]!r} (now given: {getattr(self, key)!r})" for key in changed)
+            warnings.warn(
+                f"{type(self).__name__}: goes on with what it was begun with: {told}", UserWarning, stacklevel=3
+            )
 
 
 def _skips(optimizer: torch.optim.Optimizer) -> bool:
@@ -81,11 +106,13 @@ class Attached:
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
         ]
+        _attached(optimizer).append(self)
 
     def _after(self, *_: Any) -> None:
         if not self._open:
             return
         self._open = False
+        self.controller._seen = True
         self.controller.after_step(self.model)
 
     def _before(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -117,7 +144,20 @@ class Attached:
         self.controller.begin(self.model, self.optimizer)
 
     def finish(self) -> None:
-        """Training is over: let the controller tidy up the model, and stop calling it."""
+        """Training is over: let the controller tidy up the model, and stop calling it.
+
+        Warns:
+            UserWarning: the optimizer took no step, or the run was shorter or longer than the controller was made for.
+        """
+        kind = type(self.controller).__name__
+        missing = self.controller.missing()
+        if not self.controller._seen:
+            missing = (
+                "the optimizer it is attached to has taken no step, so it has done nothing; attach it to the one that "
+                "trains the adapter"
+            )
+        if missing and self in _attached(self.optimizer):
+            warnings.warn(f"{kind}: {missing}", UserWarning, stacklevel=2)
         self.controller.end(self.model)
         self.remove()
 
@@ -125,14 +165,22 @@ class Attached:
         """Stop calling the controller."""
         for handle in self._handles:
             handle.remove()
+        if self in (among := _attached(self.optimizer)):
+            among.remove(self)
         self.controller.release()
+
+
+def _attached(optimizer: torch.optim.Optimizer) -> list[Attached]:
+    """Those that the optimizer calls; not part of its state."""
+    return vars(optimizer).setdefault("_slimtune_attached", [])
 
 
 def attach(controller: Controller, model: nn.Module, optimizer: torch.optim.Optimizer) -> Attached:
     """Call `controller` around every step of `optimizer` (an accelerate wrapper is looked through).
 
     Raises:
-        SlimtuneError: not a torch optimizer, or the controller finds nothing in the model to act on.
+        SlimtuneError: not a torch optimizer, the controller finds nothing in the model to act on, or one like it, for
+            the same adapter, is attached already.
 
     Example:
         >>> class Count(Controller):
@@ -147,12 +195,23 @@ def attach(controller: Controller, model: nn.Module, optimizer: torch.optim.Opti
     inner = getattr(optimizer, "optimizer", optimizer)
     if not isinstance(inner, torch.optim.Optimizer):
         raise SlimtuneError(f"attach: expected a torch optimizer, got {type(optimizer).__name__}")
+    for other in _attached(inner):
+        if other.controller is controller or (other.model is model and _alike(other.controller, controller)):
+            raise SlimtuneError(
+                f"attach: {type(controller).__name__} is attached to this optimizer already and would act twice in "
+                "every step; remove() the first one before"
+            )
     attached = Attached(controller, model, inner)
     for host in hosts(model).values():
         for adapter in host.adapters.values():
             if isinstance(adapter, Adapter):
                 adapter.awaited.discard(type(controller).__name__)
     return attached
+
+
+def _alike(a: Controller, b: Controller) -> bool:
+    """Whether both would do the same to the same adapter."""
+    return type(a) is type(b) and hasattr(a, "adapter") and a.adapter == getattr(b, "adapter", None)
 
 
 def trained_adapters(model: nn.Module, controller: str, name: str | None = None) -> list[tuple[str, str, Adapter]]:

@@ -22,7 +22,7 @@ from ..ranks import seeded
 from ..structures.base import check_count
 from ..taps import Left, Right, Tap
 from ..targets import hosts
-from .allocator import Allocator, Change, Scores, check_share
+from .allocator import Allocator, Change, Scores, check_share, length_of
 
 __all__ = ["ElaLoRA"]
 
@@ -349,7 +349,8 @@ class ElaLoRA(Allocator):
         self.interval = check_share(interval, "ElaLoRA: interval", total_steps, 1)
         if self.warmup + self.final >= total_steps > 1:
             raise StructureError(
-                f"ElaLoRA: warmup {self.warmup} and final {self.final} leave none of {total_steps} steps for rounds"
+                f"ElaLoRA: warmup = {warmup} and final = {final} leave no step for rounds"
+                f"{length_of(total_steps)}"
             )
         if beta is None:
             beta = max(0.85, 1 - 1 / self.interval) if improved else 0.85
@@ -434,6 +435,14 @@ class ElaLoRA(Allocator):
     def end(self, model: nn.Module) -> None:
         self._stop_listening()
         super().end(model)
+
+    def missing(self) -> str | None:
+        if self.done < self.total_steps - self.final:
+            return (
+                f"the run ended after {self.done} of its {self.total_steps} steps; ranks were to move until "
+                f"step {self.total_steps - self.final}"
+            )
+        return self._overran(self.total_steps)
 
     def release(self) -> None:
         self._stop_listening()

@@ -209,7 +209,7 @@ class LoRAPro(Controller):
             (b1, b2), eps = self._adam(batch.layers[i])
             A, B, s, state = batch.A[i], batch.B[i], batch.scale[i], self._optimizer.state[p]
             g = tangent(A, B, hA[i], hB[i], s)
-            if MOMENT not in state:
+            if MOMENT not in state or state[MOMENT].shape != g.shape:  # `resize` takes (O, I) for A's where R = O
                 state[STEP] = torch.tensor(0.0)
                 state[MOMENT], state[SQUARE] = torch.zeros_like(g), torch.zeros_like(g)
             state[STEP] += 1

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import StructureError
+from ..errors import SlimtuneError, StructureError
 from ..ops.processes import like, whole
 from .base import Controller, trained_adapters
 
@@ -24,7 +24,8 @@ class Orthogonality(Controller):
     whatever computes the loss.
 
     A rank whose direction is zero, as one that is masked has, is none: it has no part in the penalty. Parameters
-    without a gradient are left alone, though they count in K.
+    without a gradient are left alone, and those of another optimizer to a controller attached there, though all count
+    in K.
 
     Args:
         coefficient: gamma, at least 0. AdaLoRA's runs take 0.1 or 0.3, PEFT 0.5.
@@ -34,7 +35,7 @@ class Orthogonality(Controller):
     Raises:
         StructureError: a coefficient that is not a number of at least 0; when attached, an adapter without thin
             factors.
-        SlimtuneError: when attached to a model without such an adapter.
+        SlimtuneError: when attached to a model without such an adapter, or to an optimizer that holds no factor of it.
 
     Example:
         >>> import slimtune as st
@@ -67,6 +68,9 @@ class Orthogonality(Controller):
                     f"Orthogonality: {layer}: {kind} has no thin factors whose ranks can be told apart"
                 )
             self._factors += thin
+        self._held = {p for group in optimizer.param_groups for p in group["params"]}
+        if self._held.isdisjoint(p for p, _ in self._factors):
+            raise SlimtuneError("Orthogonality: attach it to the optimizer that holds the adapter's factors")
 
     def value(self) -> Tensor:
         """The penalty itself, 0-d."""
@@ -83,7 +87,7 @@ class Orthogonality(Controller):
             return
         alike: dict[tuple[Any, ...], list[nn.Parameter]] = {}
         for p, dim in self._factors:
-            if p.grad is not None:
+            if p.grad is not None and p in self._held:
                 alike.setdefault((dim, p.shape, p.dtype, p.device), []).append(p)
         strength = 2 * self.coefficient / len(self._factors)
         unscale = getattr(self._optimizer, "grad_scale", None)  # a fused optimizer's gradients are still scaled

@@ -70,6 +70,11 @@ class Ramp(Controller):
         if self.done < self.steps:  # once full it is left alone
             self._set(model)
 
+    def missing(self) -> str | None:
+        if self.done + 1 < self.steps:
+            return f"the run ended after {self.done} of the ramp's {self.steps} steps, so the scale is not yet full"
+        return None
+
     @torch.no_grad()
     def _set(self, model: nn.Module) -> None:
         u = min((self.done + 1) / self.steps, 1.0)

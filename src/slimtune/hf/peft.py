@@ -31,7 +31,7 @@ from ..ranks import change_ranks
 from ..recipe import Recipe
 from ..structures import Structure
 from ..targets import check_name, hosts
-from ..verbs import build_adapter
+from ..verbs import build_adapter, check_stats
 
 __all__ = ["SlimtuneConfig", "SlimtuneLayer", "SlimtuneModel"]
 
@@ -118,6 +118,7 @@ class SlimtuneConfig(peft.PeftConfig):
             self.recipe, self.layers = description.recipe, description.layers
         if not isinstance(self.recipe, Recipe):
             raise StructureError(f"SlimtuneConfig: recipe must be a Recipe such as st.lora(), got {self.recipe!r}")
+        check_stats(self.recipe, self.stats)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data; the recipe is part of `slimtune`."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from ..controllers import AdaLoRA, ElaLoRA, Orthogonality
+from ..controllers.allocator import ANY_LENGTH
+from ..errors import StructureError
 from ..recipe import Recipe
 from ..structures import LowRank
 from ..structures.base import check_count
 
 __all__ = ["adalora", "elalora"]
-
-ANY_LENGTH = 10**9
-"""Steps of a run that is not known yet: enough for any schedule given in steps."""
 
 
 def adalora(
@@ -115,8 +114,8 @@ def elalora(
         ceiling: ranks that a layer has at most; None for no limit but its size.
 
     Raises:
-        StructureError: a rank that is not a whole number of at least 1, a ceiling below it, an alpha that is 0 or not
-            finite, an option outside the range that `ElaLoRA` and `Orthogonality` give.
+        StructureError: a rank that is not a whole number of at least 1, a ceiling below it or a floor above it, an
+            alpha that is 0 or not finite, an option outside the range that `ElaLoRA` and `Orthogonality` give.
     """
     check_count(rank, "elalora: rank")
     options: dict[str, Any] = {"rule": rule, "k": k, "b": b, "warmup": warmup, "final": final, "interval": interval}
@@ -124,6 +123,9 @@ def elalora(
     if ceiling is not None:
         check_count(ceiling, "elalora: ceiling", rank)
         options |= {"ceiling": ceiling, "start": rank}
+    check_count(floor, "elalora: floor")
+    if floor > rank:
+        raise StructureError(f"elalora: floor {floor} is above the rank, {rank}, so that no layer could give any")
     ElaLoRA(total_steps=ANY_LENGTH, **options)  # refuses bad values before a model is loaded
     Orthogonality(orthogonality)
     penalty: dict[str, Any] = {"Orthogonality": {"coefficient": orthogonality}} if orthogonality else {}

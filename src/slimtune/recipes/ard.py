@@ -87,6 +87,8 @@ def ardlora(
         "masked": masked,
     }
     ARD(total_steps=1, **control)  # refuses bad values before a model is loaded
+    if most is None and least > 2 * rank:
+        raise StructureError(f"ardlora: least {least} is above most, 2 R0 = {2 * rank} by default")
     follows = (lambda r: 2.0) if alpha is None else (lambda r: alpha / r)
     overrides = pattern_overrides("ardlora", rank_pattern, None, lambda r: {"rank": r}, follows)
     options: dict[str, Any] = {"rank": rank, "heads": heads if isinstance(heads, (int, str)) else "auto"}
