@@ -810,6 +810,24 @@ def test_masked_ranks_have_no_part_in_the_penalty():
     assert torch.allclose(control.value(), before, rtol=1e-12)
 
 
+def test_the_penalty_on_factors_of_two_optimizers():
+    grads = []
+    for parts in (1, 2):
+        run = Run(torch.float64, orthogonality=0)
+        factors = [p for s in run.structures.values() for p in (s.A, s.B)]
+        for p in factors:
+            p.grad = torch.zeros_like(p)
+        for some in (factors[k::parts] for k in range(parts)):
+            optimizer = torch.optim.SGD(some, lr=0.0)
+            st.attach(st.Orthogonality(1.0, adapter="default"), run.model, optimizer)
+            optimizer.step()
+        grads.append([p.grad for p in factors])
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(*grads, strict=True))
+    cores = torch.optim.SGD([s.core for s in run.structures.values()], lr=0.0)
+    with pytest.raises(st.SlimtuneError, match="optimizer that holds the adapter's factors"):
+        st.attach(st.Orthogonality(1.0, adapter="default"), run.model, cores)
+
+
 def test_the_penalty_needs_thin_factors():
     model = nn.Sequential(nn.Linear(6, 6))
     st.adapt(model, st.c3a(block=2))

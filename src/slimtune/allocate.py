@@ -292,18 +292,21 @@ def budget(
     for n, w in weights.items():
         if not (math.isfinite(w) and w >= 0):
             raise StructureError(f"budget: the importance of {n!r} is missing, negative or not finite")
+    recipes = {n: recipe.for_layer(n, own[n], model) for n in layers}
+    shapes = {n: layout_of(own_class(own[n])).sizes(own[n]) for n in layers}  # type: ignore[union-attr]
+    kinds = {n: repr((own_class(own[n]), shapes[n], one.options)) for n, one in recipes.items()}
     sizes: dict[tuple[str, int], int | None] = {}
 
     def size(n: str, rank: int) -> int | None:
         """Parameters of a layer at a rank; None where its structure does not take that rank."""
-        if (n, rank) not in sizes:
-            one = recipe.for_layer(n, own[n], model)
+        key = kinds[n], rank  # a model has few kinds of layers
+        if key not in sizes:
+            one = replace(recipes[n], options={**recipes[n].options, "rank": rank})
             try:
-                adapter = build_adapter(own[n], n, replace(one, options={**one.options, "rank": rank}), "meta")
-                sizes[n, rank] = sum(p.numel() for p in adapter.parameters())
+                sizes[key] = sum(p.numel() for p in build_adapter(own[n], n, one, "meta").parameters())
             except StructureError:
-                sizes[n, rank] = None
-        return sizes[n, rank]
+                sizes[key] = None
+        return sizes[key]
 
     def above(n: str, rank: int) -> int | None:
         """The next rank that is larger and that the structure takes."""
@@ -311,8 +314,7 @@ def budget(
 
     top, low = {}, {}
     for n in layers:
-        layout = layout_of(own_class(own[n]))
-        most = min(layout.sizes(own[n]))  # type: ignore[union-attr]
+        most = min(shapes[n])
         top[n] = most if ceiling is None else min(ceiling, most)
         start = above(n, min(floor, top[n]) - 1)
         if start is None:
