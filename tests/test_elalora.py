@@ -738,7 +738,8 @@ def test_recipe_refuses_bad_options(options, words):
 
 
 def test_phases_that_leave_no_round_are_refused():
-    with pytest.raises(st.StructureError, match=r"warmup = 300 and final = 500 leave no step for rounds of total_steps = 800"):
+    message = r"warmup = 300 and final = 500 leave no step for rounds of total_steps = 800"
+    with pytest.raises(st.StructureError, match=message):
         st.ElaLoRA(total_steps=800, warmup=300, final=500)
     with pytest.raises(st.StructureError, match="published rule counts ranks"):
         st.ElaLoRA(total_steps=800, rule="published", unit="parameters")

@@ -159,6 +159,23 @@ def test_options_that_cannot_go_together_are_refused_in_their_own_words(make) ->
     assert "00000" not in str(raised.value)  # no number that the user has not given
 
 
+@pytest.mark.parametrize("method", ADAPTIVE)
+def test_an_optimizer_whose_groups_are_made_anew_is_followed(method: str) -> None:
+    """As accelerate's prepare does, and as a checkpoint that is loaded after attaching."""
+    found = []
+    for anew in (False, True):
+        m, optimizer, _ = start(ADAPTIVE[method](rank=3), 12)
+        if anew:
+            optimizer.load_state_dict(optimizer.state_dict())
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 12)
+        for _ in range(12):
+            train(m, optimizer, 1)
+            schedule.step()
+        found.append({n: p.detach().clone() for n, p in st.trainable_parameters(m)})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
+
+
 @pytest.mark.parametrize("method", ["adalora", "elalora", "singlora"])
 def test_options_that_a_state_overrides_are_told(method: str) -> None:
     recipe = ADAPTIVE[method](rank=3)

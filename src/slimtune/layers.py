@@ -97,7 +97,8 @@ def _tell(adapter: Adapter) -> None:
 def _warn_unattended(method: str, controllers: str) -> None:
     warnings.warn(
         f"{method} is trained without {controllers}, which it needs. Connect it to the optimizer: for c in "
-        "st.controllers_of(recipe, total_steps): st.attach(c, model, optimizer)",
+        "st.controllers_of(recipe, total_steps): st.attach(c, model, optimizer); under transformers' Trainer or TRL: "
+        "callbacks=[slimtune.hf.ControllerCallback()]",
         UserWarning,
         stacklevel=2,
     )

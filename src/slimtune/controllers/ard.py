@@ -201,7 +201,7 @@ class ARD(Controller):
         self._news: dict[str, Any] | None = None
         self._structures = self._find(model)
         self._alphas = [s.alpha for s in self._structures.values()]
-        places = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        places = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
         if not all(id(alpha) in places for alpha in self._alphas):
             raise SlimtuneError("ARD: attach it to the optimizer that holds the adapter's gates, alpha")
         self._groups = [places[id(alpha)] for alpha in self._alphas]
@@ -289,9 +289,10 @@ class ARD(Controller):
         return torch.cat([like.new_full((n,), v) for v, n in zip(values, sizes or self._sizes, strict=True)])
 
     def _regularise(self) -> None:
-        rates = [float(group["lr"]) for group in self._groups]
+        groups = [self._optimizer.param_groups[i] for i in self._groups]  # load_state_dict makes new ones
+        rates = [float(group["lr"]) for group in groups]
         if self.full_rate is None:
-            self.full_rate = max(float(group.get("initial_lr", group["lr"])) for group in self._groups) or 1.0
+            self.full_rate = max(float(group.get("initial_lr", group["lr"])) for group in groups) or 1.0
         share = self.travel / ((self.stop - self.start) * self.full_rate)
         eta = rates[0] * share if len(set(rates)) == 1 else self._spread([rate * share for rate in rates])
         step = self._flat().sub_(self._before).mul_(share)
