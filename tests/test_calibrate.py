@@ -532,6 +532,32 @@ def test_batches_without_rows_count_nothing():
         st.calibrate.inputs(model, [empty], TOY, components=4)
 
 
+class Residual(nn.Module):
+    """Changes a layer's input in place behind its back, which no backward pass would forgive; and two layers that are
+    given one tensor, with a change in between."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        x = x.clone()
+        x += self.a(x) + self.b(x)
+        return self.c(x)
+
+
+def test_inputs_are_those_at_the_time():
+    torch.manual_seed(0)
+    model, x = Residual(), torch.randn(9, 6)
+    with torch.no_grad():
+        later = x + model.a(x) + model.b(x)
+    stats = st.calibrate.inputs(model, [x], ["a", "b", "c"], components=3)
+    for n, given in (("a", x), ("b", x), ("c", later)):
+        assert stats[n].total == pytest.approx(float(given.square().sum()))
+        torch.testing.assert_close(stats[n].singular_values, torch.linalg.svdvals(given)[:3])
+    assert stats["a"].components.equal(stats["b"].components)
+
+
 def test_inputs_of_large_layers_by_random_projections():
     torch.manual_seed(0)
     scale = 0.9 ** torch.arange(200.0)

@@ -246,13 +246,13 @@ def inputs(
         handles = [run.layers[n].register_forward_pre_hook(parts[n].see, with_kwargs=True) for n in names]
         try:
             for _, batch in run.each(batches):
+                seen: dict[Any, Any] = {}
                 for part in parts.values():
                     part.mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+                    part.seen = seen
                 with torch.no_grad():
                     run_forward(run.model, batch)
-                    shared: dict[Any, _Inputs] = {}
-                    for part in parts.values():
-                        part.take(shared)
+                seen.clear()
                 done()
         finally:
             for handle in handles:
@@ -266,25 +266,25 @@ class _Inputs:
     def __init__(self, layer: str, size: int) -> None:
         self.layer, self.size, self.rows, self.total = layer, size, 0, 0.0
         self.mask: Tensor | None = None
-        self.waiting: list[Tensor] = []
+        self.seen: dict[Any, Any] = {}
         self.values: Tensor | None = None
         self.directions: Tensor | None = None
         self.last: Any = None
 
+    @torch.no_grad()
     def see(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.waiting.append((args[0] if args else kwargs["input"]).detach())
+        """Fold in an input at once, before anything changes it in place, unless a layer with the same past was given
+        the same."""
+        x = (args[0] if args else kwargs["input"]).detach()
+        key = self.last, x.data_ptr(), None if x.is_inference() else x._version, x.shape, x.stride()
+        if key not in self.seen:
+            with torch.autocast(x.device.type, enabled=False):
+                self._fold(self._counted(x))
+            # x stays alive for the pass, lest another tensor gets its address
+            self.seen[key] = x, (self.rows, self.total, self.values, self.directions, object())
+        self.rows, self.total, self.values, self.directions, self.last = self.seen[key][1]
 
-    def take(self, shared: dict[Any, _Inputs]) -> None:
-        """Fold in what waits, unless a layer with the same past was given the same."""
-        if not self.waiting:
-            return
-        key = (self.last, tuple((t.data_ptr(), t._version, t.shape, t.stride()) for t in self.waiting))
-        twin = shared.setdefault(key, self)
-        if twin is not self:
-            self.__dict__.update(twin.__dict__, layer=self.layer)
-            return
-        X = torch.cat([self._counted(x) for x in self.waiting])
-        self.waiting, self.last = [], object()
+    def _fold(self, X: Tensor) -> None:
         if not len(X):  # all padding, or an expert that got no token
             return
         self.rows += len(X)
