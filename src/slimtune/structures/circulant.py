@@ -65,7 +65,7 @@ class Circulant(Spectral):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(out_features, in_features)
-        _check_std("Circulant", std)
+        check_std("Circulant", std)
         self.hadamard, self.std = bool(hadamard), float(std)
         for name in ("a", "b") if hadamard else ("c",):
             self.register_parameter(name, nn.Parameter(torch.empty(self.length, device=device, dtype=dtype)))
@@ -162,7 +162,7 @@ class LDR(Spectral):
     ) -> None:
         super().__init__(out_features, in_features)
         check_count(terms, "LDR: terms")
-        _check_std("LDR", std)
+        check_std("LDR", std)
         self.std = float(std)
         self.transforms = 2 + 4 * terms  # a complex one counts for two
         self.g = nn.Parameter(torch.empty(terms, self.length, device=device, dtype=dtype))
@@ -206,6 +206,6 @@ class LDR(Spectral):
         return f"{super().extra_repr()}, order {self.length}, {self.g.shape[0]} terms"
 
 
-def _check_std(name: str, std: object) -> None:
+def check_std(name: str, std: object) -> None:
     if isinstance(std, bool) or not isinstance(std, (int, float)) or not 0 < std < math.inf:
         raise StructureError(f"{name}: std must be a finite number above 0, got {std!r}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import displaced_matrix, fft_length, toeplitz_gradient, toeplitz_matrix, toeplitz_product
-from .circulant import _check_std
+from .circulant import check_std
 from .spectral import Spectral
 
 __all__ = ["Toeplitz", "ToeplitzProduct"]
@@ -115,7 +115,7 @@ class ToeplitzProduct(Spectral):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(out_features, in_features)
-        _check_std("ToeplitzProduct", std)
+        check_std("ToeplitzProduct", std)
         self.std = float(std)
         self.a = nn.Parameter(torch.empty(self.order, device=device, dtype=dtype))
         self.b = nn.Parameter(torch.empty(self.order, device=device, dtype=dtype))
