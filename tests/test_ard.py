@@ -669,6 +669,19 @@ def test_factors_of_another_optimizer_are_refused_where_their_shapes_change():
     assert all(s.rank == 8 and sum(s.hard_ranks()) < 8 for s in structures(model).values())
 
 
+@pytest.mark.parametrize("controller", [st.ARD(total_steps=20), st.LoRAPro()], ids=lambda c: type(c).__name__)
+def test_a_learning_rate_is_asked_for(controller):
+    """Adafactor that finds its own has None."""
+    model, *_ = toy()
+    if isinstance(controller, st.LoRAPro):
+        st.adapt(model, st.lora(rank=2), name="second")
+    optimizer = torch.optim.SGD(st.param_groups(model), lr=0.1)
+    for group in optimizer.param_groups:
+        group["lr"] = None
+    with pytest.raises(st.SlimtuneError, match=f"{type(controller).__name__}: it needs the optimizer's learning rate"):
+        st.attach(controller, model, optimizer)
+
+
 def test_two_adapters_on_one_layer_need_a_name():
     model, recipe, _, _ = toy()
     st.adapt(model, recipe, name="second")

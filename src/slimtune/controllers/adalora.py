@@ -116,8 +116,7 @@ class AdaLoRA(Allocator):
         self.delta_t = check_share(delta_t, "AdaLoRA: delta_t", total_steps, least=1)
         if not self.t_init < total_steps - self.t_final:
             raise StructureError(
-                f"AdaLoRA: t_init = {t_init} and t_final = {t_final} leave no step to prune in"
-                f"{length_of(total_steps)}"
+                f"AdaLoRA: t_init = {t_init} and t_final = {t_final} leave no step to prune in{length_of(total_steps)}"
             )
         self.full = 0
         """The budget at the start, once attached."""

@@ -22,7 +22,7 @@ from ..structures import GatedHeads
 from ..structures.base import check_count
 from ..targets import hosts
 from .allocator import check_share
-from .base import Controller
+from .base import Controller, require_rates
 
 __all__ = ["ARD", "fill_ranks"]
 
@@ -205,6 +205,7 @@ class ARD(Controller):
         if not all(id(alpha) in places for alpha in self._alphas):
             raise SlimtuneError("ARD: attach it to the optimizer that holds the adapter's gates, alpha")
         self._groups = [places[id(alpha)] for alpha in self._alphas]
+        require_rates((optimizer.param_groups[i] for i in self._groups), "ARD")
         self._masked = several() if self.masked is None else self.masked
         factors = [p for s in self._structures.values() for p in (s.A, s.B) if p.requires_grad]
         if not (self._masked or all(id(p) in places for p in factors)):

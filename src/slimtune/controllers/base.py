@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ..layers import Adapter
 from ..recipe import Recipe, subclasses
 from ..targets import hosts
 
-__all__ = ["Attached", "Controller", "attach", "controllers_of", "trained_adapters"]
+__all__ = ["Attached", "Controller", "attach", "controllers_of", "require_rates", "trained_adapters"]
 
 
 class Controller:
@@ -212,6 +213,12 @@ def attach(controller: Controller, model: nn.Module, optimizer: torch.optim.Opti
 def _alike(a: Controller, b: Controller) -> bool:
     """Whether both would do the same to the same adapter."""
     return type(a) is type(b) and hasattr(a, "adapter") and a.adapter == getattr(b, "adapter", None)
+
+
+def require_rates(groups: Iterable[Mapping[str, Any]], controller: str) -> None:
+    """Raise SlimtuneError for a parameter group without a learning rate, as Adafactor's is that finds its own."""
+    if any(group["lr"] is None for group in groups):
+        raise SlimtuneError(f"{controller}: it needs the optimizer's learning rate, and lr is None; give it a number")
 
 
 def trained_adapters(model: nn.Module, controller: str, name: str | None = None) -> list[tuple[str, str, Adapter]]:

@@ -349,8 +349,7 @@ class ElaLoRA(Allocator):
         self.interval = check_share(interval, "ElaLoRA: interval", total_steps, 1)
         if self.warmup + self.final >= total_steps > 1:
             raise StructureError(
-                f"ElaLoRA: warmup = {warmup} and final = {final} leave no step for rounds"
-                f"{length_of(total_steps)}"
+                f"ElaLoRA: warmup = {warmup} and final = {final} leave no step for rounds{length_of(total_steps)}"
             )
         if beta is None:
             beta = max(0.85, 1 - 1 / self.interval) if improved else 0.85

@@ -17,7 +17,7 @@ from ..recipe import is_number
 from ..structures import Factored
 from ..structures.base import Pair
 from ..targets import hosts
-from .base import Controller
+from .base import Controller, require_rates
 
 __all__ = ["LoRAPro"]
 
@@ -152,6 +152,7 @@ class LoRAPro(Controller):
             which = "" if self.adapter is None else f" called {self.adapter!r}"
             raise SlimtuneError(f"LoRAPro: the model has no adapter{which} that is trained")
         self._layers = [self._layer(name, a, group) for name, a in trained]
+        require_rates((optimizer.param_groups[g] for layer in self._layers for g in layer.groups), "LoRAPro")
         self._check_rates()
 
     def _layer(self, name: str, adapter: Adapter, group: dict[int, int]) -> _Layer:
