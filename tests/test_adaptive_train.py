@@ -285,3 +285,11 @@ def test_slots_that_hold_no_rank_are_told_from_the_first_step(llama, text, tmp_p
     train(text_config(llama, text, tmp_path / "run", method="elalora", method_options=options, max_steps=4))
     told = events(tmp_path / "run", "ranks")
     assert [(e["step"], sum(e["ranks"].values()) / len(e["ranks"])) for e in told[:2]] == [(0, 5), (1, 2)]
+
+
+def test_a_run_that_stops_before_its_ranks_are_pruned_says_so(tmp_path, capsys):
+    llama, text = tinyrun.make_llama(tmp_path / "llama"), tinyrun.make_text(tmp_path / "text.jsonl")
+    options = {"method": "adalora", "learning_rate": 10.0, "early_stopping_patience": 1}
+    train(text_config(llama, text, tmp_path / "run", max_steps=40, eval_steps=2, **options))
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(told) == 1 and "AdaLoRA: the run ended after " in told[0] and " of its 40 steps" in told[0]

@@ -58,6 +58,8 @@ def test_controllers_attach_once(method: str) -> None:
         st.attach(st.controllers_of(recipe, 20)[0], m, optimizer)
     with pytest.raises(st.SlimtuneError, match="already"):
         st.attach(handles[0].controller, m, optimizer)
+    with pytest.raises(st.SlimtuneError, match="expected one controller, got list"):
+        st.attach(st.controllers_of(recipe, 20), m, optimizer)  # type: ignore[arg-type]
     handles[0].remove()
     st.attach(st.controllers_of(recipe, 20)[0], m, optimizer)
 

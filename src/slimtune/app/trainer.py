@@ -6,6 +6,8 @@ import contextlib
 import json
 import math
 import random
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,8 +98,13 @@ class SlimTrainer(Trainer):
 
     def finish_controllers(self) -> bool:
         """Let the controllers tidy up the model that is kept; whether any of them does more than nothing."""
-        for attached in self.attached:
-            attached.finish()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", UserWarning)
+            for attached in self.attached:
+                attached.finish()
+        if self.args.should_save:
+            for warning in told:
+                print(f"warning: {warning.message}", file=sys.stderr)
         self.attached = []
         return any(type(c).end is not Controller.end for c in self.controllers.values())
 

@@ -180,7 +180,7 @@ def attach(controller: Controller, model: nn.Module, optimizer: torch.optim.Opti
     """Call `controller` around every step of `optimizer` (an accelerate wrapper is looked through).
 
     Raises:
-        SlimtuneError: not a torch optimizer, the controller finds nothing in the model to act on, or one like it, for
+        SlimtuneError: not a controller or not a torch optimizer, the controller finds nothing in the model to act on, or one like it, for
             the same adapter, is attached already.
 
     Example:
@@ -196,6 +196,8 @@ def attach(controller: Controller, model: nn.Module, optimizer: torch.optim.Opti
     inner = getattr(optimizer, "optimizer", optimizer)
     if not isinstance(inner, torch.optim.Optimizer):
         raise SlimtuneError(f"attach: expected a torch optimizer, got {type(optimizer).__name__}")
+    if not isinstance(controller, Controller):
+        raise SlimtuneError(f"attach: expected one controller, got {type(controller).__name__}; attach them one by one")
     for other in _attached(inner):
         if other.controller is controller or (other.model is model and _alike(other.controller, controller)):
             raise SlimtuneError(

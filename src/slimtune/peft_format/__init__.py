@@ -67,7 +67,10 @@ def export_peft(
             frame.encode(io.unwrapped(model), *changed, base)
         except Unfit as e:
             method = description.recipe.name
-            raise StructureError(f"{name!r} ({method}) cannot be written for PEFT: {e}") from None
+            raise StructureError(
+                f"{name!r} ({method}) cannot be written for PEFT: {e}; st.save keeps it as it is, for "
+                "slimtune.hf too, and st.convert writes it as plain LoRA"
+            ) from None
         return changed
 
     io.save_as(model, path, name, base, for_peft)
