@@ -180,8 +180,8 @@ def attach(controller: Controller, model: nn.Module, optimizer: torch.optim.Opti
     """Call `controller` around every step of `optimizer` (an accelerate wrapper is looked through).
 
     Raises:
-        SlimtuneError: not a controller or not a torch optimizer, the controller finds nothing in the model to act on, or one like it, for
-            the same adapter, is attached already.
+        SlimtuneError: not a controller or not a torch optimizer, the controller finds nothing in the model to
+            act on, or one like it, for the same adapter, is attached already.
 
     Example:
         >>> class Count(Controller):
