@@ -14,7 +14,8 @@ from torch import nn
 import slimtune as st
 from cases import One, kinds, shake
 from slimtune.controllers.allocator import Change
-from slimtune.controllers.elalora import Residual, exchange, exchange_by_gain, moving, outside
+from slimtune.controllers.elalora import Residual, outside
+from slimtune.controllers.exchange import exchange, exchange_by_gain, moving
 
 
 @pytest.fixture(autouse=True)

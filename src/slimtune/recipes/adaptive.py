@@ -139,5 +139,5 @@ def elalora(
         dropout=dropout,
         controllers=penalty | {"ElaLoRA": options},
         name="elalora",
-        learning_rate=1e-3,
+        learning_rate=1e-2,
     )
