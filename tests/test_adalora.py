@@ -245,6 +245,24 @@ def test_the_score_of_two_triplets_made_by_hand():
     assert ada.scores() == {"0": {0: 1.0 + 1.0 + 1.5, 1: 1.5 + 1.5 + 1.5}}
 
 
+def test_averages_are_kept_in_fp32_whatever_the_parameters():
+    """(w g)^2 of 1e-12 is 0 in fp16, and all scores were ties."""
+    model = nn.Sequential(nn.Linear(2, 3))
+    st.adapt(model, st.adalora(rank=1, initial_rank=2, orthogonality=0))
+    structure = model[0].adapters["default"].structure.half()
+    optimizer = torch.optim.SGD(st.param_groups(model, lr=1e-6))
+    ada = st.AdaLoRA(1, total_steps=100)
+    st.attach(ada, model, optimizer)
+    for p in structure.parameters():
+        p.data.fill_(1e-3)
+        p.grad = torch.full_like(p, 1e-3)
+    optimizer.step()
+    Ib, Ub = (optimizer.state[structure.A][f"adalora_{what}"] for what in ("sensitivity", "uncertainty"))
+    assert Ib.dtype == Ub.dtype == torch.float32
+    scores = ada.scores()["0"]
+    assert all(s == pytest.approx(3 * 0.15 * 0.85 * 0.15 * 1e-12, rel=0.02) for s in scores.values())
+
+
 @MASKED
 def test_scores_are_the_formula(masked):
     """With clipping: the gradient is what the step used; w is that after the step."""
