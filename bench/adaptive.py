@@ -238,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 return
             for future in wait(under_way, return_when=FIRST_COMPLETED).done:
                 run, row = under_way.pop(future), future.result()
-                run.path.write_text(json.dumps(row, indent=1) + "\n")
+                run.path.write_text(json.dumps(row) + "\n")
                 shown = row.get("error") or f"{row['validation']:.4f} {row['test']:.4f}"
                 print(f"{run.path.stem:40} {shown}  {row['seconds']:.0f} s", flush=True)
 
