@@ -12,7 +12,7 @@ from slimtune.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from bench import adaptive, real  # noqa: E402
+from bench import adaptive, costs, real  # noqa: E402
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -60,6 +60,7 @@ PLACES = {
     "real": (METHODS, real.table),
     "costs": (METHODS, real.costs),
     "adaptive": (ROOT / "docs" / "adaptive.md", adaptive.table),
+    "adaptive-costs": (ROOT / "docs" / "adaptive.md", costs.table),
     "rates": (ROOT / "docs" / "adaptive.md", adaptive.rates),
 }
 

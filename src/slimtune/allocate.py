@@ -20,7 +20,7 @@ from .errors import ConfigError, StructureError
 from .initialisers import GradientStats, InputStats, Request
 from .layers import own_class
 from .layouts import layout_of
-from .recipe import Recipe, is_number
+from .recipe import Recipe, check_part, is_number
 from .structures.base import check_count
 from .targets import own_modules, select
 from .verbs import build_adapter
@@ -63,15 +63,10 @@ ALLOCATORS: dict[str, Allocator] = {}
 
 def check_allocation(allocation: Mapping[str, Mapping[str, Any]], where: str) -> None:
     """Raise StructureError for an allocator that does not exist, or options it does not have or cannot take."""
+    functions = {name: entry.function for name, entry in ALLOCATORS.items()}
     for name, options in allocation.items():
-        if name not in ALLOCATORS:
-            raise StructureError(f"{where}: unknown allocator {name!r}; known: {', '.join(sorted(ALLOCATORS))}")
-        parameters = inspect.signature(ALLOCATORS[name].function).parameters.values()
-        known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-        for key in options:
-            if key not in known:
-                raise StructureError(f"{where}: {name} has no option {key!r}; it has {', '.join(known)}")
-        ALLOCATORS[name].function({}, 1, **options)
+        check_part("allocator", name, options, functions, where, own=2)
+        functions[name]({}, 1, **options)
 
 
 def _per_layer(ranks: Ranks, layers: Sequence[str]) -> dict[str, int]:

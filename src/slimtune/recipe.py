@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from .compositions import Additive, Composition
 from .errors import StructureError
 from .structures import Structure
 
-__all__ = ["Recipe", "matches", "subclasses"]
+__all__ = ["Recipe", "check_part", "matches", "subclasses"]
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -176,6 +176,23 @@ class Recipe:
 
 _PARTS = ("controllers", "init", "allocation")
 """Fields that name functions or classes with their options."""
+
+
+def check_part(
+    kind: str, name: str, options: Mapping[str, Any], table: Mapping[str, Callable[..., Any]], where: str, own: int = 0
+) -> None:
+    """Raise StructureError for a part that a recipe names and that is not in `table`, or for options it does not have.
+
+    Args:
+        kind: what it is, in words.
+        own: how many leading parameters are not options.
+    """
+    if name not in table:
+        raise StructureError(f"{where}: unknown {kind} {name!r}; known: {', '.join(sorted(table))}")
+    known = list(inspect.signature(table[name]).parameters)[own:]
+    for key in options:
+        if key not in known:
+            raise StructureError(f"{where}: {name} has no option {key!r}; it has {', '.join(known) or 'none'}")
 
 
 def is_number(value: object) -> bool:

@@ -29,6 +29,7 @@ from .targets import own_modules, unwrapped
 
 __all__ = [
     "Left",
+    "Listening",
     "Loss",
     "Passes",
     "Probed",
@@ -166,10 +167,27 @@ class _Kept(torch.autograd.Function):
         return (None,) * (1 + len(ctx.saved_tensors))
 
 
-class Tap:
-    """What listens to one layer."""
+class Listening:
+    """Whom taps report to."""
 
-    def __init__(self, host: Host, products: Sequence[Product], run: Passes) -> None:
+    weight = 1.0
+    """Of the batch that goes by."""
+
+    def __init__(self) -> None:
+        self._zeros: dict[Any, Tensor] = {}
+
+    def zero(self, like: Tensor) -> Tensor:
+        """A 0 to add that makes a gradient flow where every weight is frozen."""
+        key = (like.device, like.dtype)
+        if key not in self._zeros:
+            self._zeros[key] = torch.zeros((), dtype=like.dtype, device=like.device, requires_grad=True)
+        return self._zeros[key]
+
+
+class Tap:
+    """What listens to one layer: registered as its forward hook, it adds to each product as gradients come by."""
+
+    def __init__(self, host: Host, products: Sequence[Product], run: Listening) -> None:
         self.host, self.products, self.run, self.calls = host, products, run, 0
 
     def forward(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
@@ -196,28 +214,20 @@ class Tap:
 # ---------------------------------------------------------------- passes that leave no trace
 
 
-class Passes:
+class Passes(Listening):
     """Passes over batches of a model that is afterwards as it was."""
 
     def __init__(
         self, model: nn.Module, layers: dict[str, Host], loss: Loss | None, seed: int, devices: list[torch.device]
     ) -> None:
+        super().__init__()
         self.model, self.layers, self.loss, self.seed = model, layers, loss or _own_loss, seed
         self.devices = devices
-        self.weight = 1.0
-        self._zeros: dict[Any, Tensor] = {}
 
     @property
     def device(self) -> torch.device:
         """That of the first layer."""
         return next(iter(self.layers.values())).weight.device
-
-    def zero(self, like: Tensor) -> Tensor:
-        """A 0 to add that makes a gradient flow where every weight is frozen."""
-        key = (like.device, like.dtype)
-        if key not in self._zeros:
-            self._zeros[key] = torch.zeros((), dtype=like.dtype, device=like.device, requires_grad=True)
-        return self._zeros[key]
 
     def each(self, batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
         """(number, batch on the model's device), random numbers fixed by the number."""
@@ -279,6 +289,7 @@ class Passes:
 
 
 def home(host: Host) -> torch.device:
+    """Where a layer's statistics are kept: beside its weight."""
     return torch.device("cpu") if host.weight.is_meta else host.weight.device
 
 
@@ -347,14 +358,17 @@ def passes_over(model: nn.Module, names: Sequence[str], loss: Loss | None, seed:
 
 
 def sum_dtype(host: nn.Module) -> torch.dtype:
+    """The dtype of sums over batches: fp32, or fp64 on an fp64 base."""
     return torch.float64 if host.weight.dtype == torch.float64 else torch.float32
 
 
 def length(batches: Iterable[Any]) -> int:
+    """How many batches there are; 0 if that cannot be told."""
     return len(batches) if isinstance(batches, Sized) else 0
 
 
 def counter(progress: Progress | None, total: int) -> Callable[[], None]:
+    """A function that tells `progress` of one batch more, of `total`."""
     done = 0
 
     def count() -> None:

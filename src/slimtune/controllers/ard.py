@@ -15,14 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DivergenceError, SlimtuneError, StructureError
-from ..layers import Adapter
 from ..ops.processes import agreed, edited, local, several, whole
 from ..ranks import change_ranks, seeded
 from ..structures import GatedHeads
 from ..structures.base import check_count
-from ..targets import hosts
 from .allocator import check_share
-from .base import Controller, require_rates
+from .base import Controller, require_rates, trained_adapters
 
 __all__ = ["ARD", "fill_ranks"]
 
@@ -393,18 +391,13 @@ class ARD(Controller):
 
     def _find(self, model: nn.Module) -> dict[str, GatedHeads]:
         found: dict[str, GatedHeads] = {}
-        for layer, host in hosts(model).items():
-            for name, a in host.adapters.items():
-                if not isinstance(a, Adapter) or not isinstance(a.structure, GatedHeads):
-                    continue
-                wanted = name == self.adapter or (self.adapter is None and "ARD" in a.recipe.controllers)
-                if wanted and a.structure.alpha.requires_grad:
-                    if layer in found:
-                        raise SlimtuneError(f"ARD: {layer}: several adapters train there; say which by adapter=")
-                    found[layer] = a.structure
+        for layer, _, a in trained_adapters(model, "ARD", self.adapter):
+            if isinstance(a.structure, GatedHeads) and a.structure.alpha.requires_grad:
+                if layer in found:
+                    raise SlimtuneError(f"ARD: {layer}: several adapters train there; say which by adapter=")
+                found[layer] = a.structure
         if not found:
-            what = "whose recipe names ARD" if self.adapter is None else f"called {self.adapter!r}"
-            raise SlimtuneError(f"ARD: the model trains no adapter {what}")
+            raise SlimtuneError("ARD: the adapter has no gates in training; it acts on GatedHeads")
         return found
 
 

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import SlimtuneError, StructureError
+from ..errors import SlimtuneError
 from ..layers import Adapter
-from ..recipe import Recipe, subclasses
+from ..recipe import Recipe, check_part, subclasses
 from ..targets import hosts
 
-__all__ = ["Attached", "Controller", "attach", "controllers_of", "require_rates", "trained_adapters"]
+__all__ = ["Attached", "Controller", "adapters", "attach", "controllers_of", "require_rates", "trained_adapters"]
 
 
 class Controller:
@@ -205,10 +205,8 @@ def attach(controller: Controller, model: nn.Module, optimizer: torch.optim.Opti
                 "every step; remove() the first one before"
             )
     attached = Attached(controller, model, inner)
-    for host in hosts(model).values():
-        for adapter in host.adapters.values():
-            if isinstance(adapter, Adapter):
-                adapter.awaited.discard(type(controller).__name__)
+    for _, _, adapter in adapters(model):
+        adapter.awaited.discard(type(controller).__name__)
     return attached
 
 
@@ -223,24 +221,33 @@ def require_rates(groups: Iterable[Mapping[str, Any]], controller: str) -> None:
         raise SlimtuneError(f"{controller}: it needs the optimizer's learning rate, and lr is None; give it a number")
 
 
-def trained_adapters(model: nn.Module, controller: str, name: str | None = None) -> list[tuple[str, str, Adapter]]:
+def adapters(model: nn.Module) -> list[tuple[str, str, Adapter]]:
+    """(layer, adapter's name, adapter) of all that a model carries, in its order."""
+    return [
+        (layer, name, a)
+        for layer, host in hosts(model).items()
+        for name, a in host.adapters.items()
+        if isinstance(a, Adapter)
+    ]
+
+
+def trained_adapters(
+    model: nn.Module, controller: str, name: str | None = None, others: bool = False
+) -> list[tuple[str, str, Adapter]]:
     """(layer, adapter's name, adapter) of those in training called `name`, or by default whose recipe names the
-    controller.
+    controller; if none does, and with `others`, of all.
 
     Raises:
         SlimtuneError: there is none.
     """
-    found = [
-        (layer, key, a)
-        for layer, host in hosts(model).items()
-        for key, a in host.adapters.items()
-        if isinstance(a, Adapter)
-        and (controller in a.recipe.controllers if name is None else key == name)
-        and any(p.requires_grad for p in a.parameters())
-    ]
+    trained = [(n, key, a) for n, key, a in adapters(model) if any(p.requires_grad for p in a.parameters())]
+    if name is not None:
+        found = [row for row in trained if row[1] == name]
+    else:
+        found = [row for row in trained if controller in row[2].recipe.controllers] or (trained if others else [])
     if not found:
-        what = f"whose recipe names {controller}" if name is None else f"called {name!r}"
-        raise SlimtuneError(f"{controller}: the model trains no adapter {what}")
+        what = f"called {name!r}" if name is not None else "" if others else f"whose recipe names {controller}"
+        raise SlimtuneError(f"{controller}: the model trains no adapter {what}".rstrip())
     return found
 
 
@@ -260,12 +267,8 @@ def controllers_of(recipe: Recipe, total_steps: int) -> list[Controller]:
     table = {name: cls for name, cls in subclasses(Controller).items() if not inspect.isabstract(cls)}
     made = []
     for name, options in recipe.controllers.items():
-        if name not in table:
-            raise StructureError(f"{recipe.name}: unknown controller {name!r}; known: {', '.join(sorted(table))}")
+        check_part("controller", name, options, table, recipe.name)
         known = inspect.signature(table[name]).parameters
-        for key in options:
-            if key not in known:
-                raise StructureError(f"{recipe.name}: {name} has no option {key!r}; it has {', '.join(known)}")
         length = {"total_steps": total_steps} if "total_steps" in known else {}
         made.append(table[name](**length, **options))
     return made

@@ -19,7 +19,7 @@ from ..layers import Host
 from ..ops.processes import summed, whole
 from ..ranks import seeded
 from ..structures.base import check_count
-from ..taps import Left, Right, Tap
+from ..taps import Left, Listening, Right, Tap
 from ..targets import hosts
 from .allocator import Allocator, Change, Scores, check_share, length_of
 from .exchange import exchange, exchange_by_gain, moving
@@ -47,15 +47,6 @@ def outside(M: Tensor, v: Tensor, exact: bool = True) -> Tensor:
     return v / (v.norm() + 1e-6)
 
 
-class _Listening:
-    """What taps ask of a run of calibration: here the sum over one optimizer step."""
-
-    weight = 1.0
-
-    def zero(self, like: Tensor) -> Tensor:
-        return torch.zeros((), dtype=like.dtype, device=like.device, requires_grad=True)
-
-
 class Residual:
     """Listens to a layer for its residual gradient (I - P_B) G (I - P_A), with G = dL/dW, (O, I), and P the projections
     onto the spans of B's columns and A's rows.
@@ -73,7 +64,7 @@ class Residual:
         Psi = torch.randn(len(B), 2 * width, generator=generator).to(B)
         self.Omega = (Omega - self.QA @ (self.QA.t() @ Omega)).t().contiguous()  # (K, I)
         self.Psi = Psi - self.QB @ (self.QB.t() @ Psi)  # (O, 2 K)
-        self.tap = Tap(host, [Left(self.Omega), Right(self.Psi, A.dtype)], _Listening())  # type: ignore[arg-type]
+        self.tap = Tap(host, [Left(self.Omega), Right(self.Psi, A.dtype)], Listening())
         self.handle = host.register_forward_hook(self.tap.forward, with_kwargs=True, prepend=True)
 
     def triples(self) -> tuple[Tensor, Tensor, Tensor]:

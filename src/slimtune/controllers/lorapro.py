@@ -16,8 +16,7 @@ from ..ops.processes import like, whole
 from ..recipe import is_number
 from ..structures import Factored
 from ..structures.base import Pair
-from ..targets import hosts
-from .base import Controller, require_rates
+from .base import Controller, require_rates, trained_adapters
 
 __all__ = ["LoRAPro"]
 
@@ -139,19 +138,10 @@ class LoRAPro(Controller):
     def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer, self._batches = optimizer, []
         group = {id(p): i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
-        found = [
-            (f"{layer}, adapter {name!r}", a)
-            for layer, host in hosts(model).items()
-            for name, a in host.adapters.items()
-            if isinstance(a, Adapter) and self.adapter in (None, name)
+        self._layers = [
+            self._layer(f"{layer}, adapter {name!r}", a, group)
+            for layer, name, a in trained_adapters(model, "LoRAPro", self.adapter, others=True)
         ]
-        trained = [(n, a) for n, a in found if any(p.requires_grad for p in a.structure.parameters())]
-        if self.adapter is None and any("LoRAPro" in a.recipe.controllers for _, a in trained):
-            trained = [(n, a) for n, a in trained if "LoRAPro" in a.recipe.controllers]
-        if not trained:
-            which = "" if self.adapter is None else f" called {self.adapter!r}"
-            raise SlimtuneError(f"LoRAPro: the model has no adapter{which} that is trained")
-        self._layers = [self._layer(name, a, group) for name, a in trained]
         require_rates((optimizer.param_groups[g] for layer in self._layers for g in layer.groups), "LoRAPro")
         self._check_rates()
 

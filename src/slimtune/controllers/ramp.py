@@ -6,10 +6,8 @@ import torch
 from torch import nn
 
 from ..errors import SlimtuneError, StructureError
-from ..layers import Adapter
 from ..structures.base import check_count
-from ..targets import hosts
-from .base import Controller
+from .base import Controller, adapters
 
 __all__ = ["Ramp"]
 
@@ -60,15 +58,20 @@ class Ramp(Controller):
         self.steps, self.adapter, self.done = steps, adapter, 0
 
     def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        if not self._adapters(model):
+        self._adapters = [
+            a
+            for _, name, a in adapters(model)
+            if (name == self.adapter if self.adapter is not None else "Ramp" in a.recipe.controllers)
+        ]
+        if not self._adapters:
             what = "whose recipe names a Ramp" if self.adapter is None else f"called {self.adapter!r}"
             raise SlimtuneError(f"Ramp: the model has no adapter {what}")
-        self._set(model)
+        self._set()
 
     def after_step(self, model: nn.Module) -> None:
         self.done += 1
         if self.done < self.steps:  # once full it is left alone
-            self._set(model)
+            self._set()
 
     def missing(self) -> str | None:
         if self.done + 1 < self.steps:
@@ -76,13 +79,7 @@ class Ramp(Controller):
         return None
 
     @torch.no_grad()
-    def _set(self, model: nn.Module) -> None:
+    def _set(self) -> None:
         u = min((self.done + 1) / self.steps, 1.0)
-        for adapter in self._adapters(model):
+        for adapter in self._adapters:
             adapter.scale.fill_(u * adapter.recipe.scale(adapter.structure.rank))
-
-    def _adapters(self, model: nn.Module) -> list[Adapter]:
-        found = [(n, a) for host in hosts(model).values() for n, a in host.adapters.items() if isinstance(a, Adapter)]
-        if self.adapter is None:
-            return [a for _, a in found if "Ramp" in a.recipe.controllers]
-        return [a for n, a in found if n == self.adapter]

@@ -13,9 +13,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from ..controllers import Attached, Controller, attach, controllers_of
+from ..controllers.base import adapters
 from ..errors import SlimtuneError
-from ..layers import Adapter
-from ..targets import hosts
 
 __all__ = ["ControllerCallback"]
 
@@ -84,8 +83,7 @@ def fix_shapes(controllers: Sequence[Controller]) -> None:
 
 
 def _controllers(model: nn.Module, steps: int) -> list[Controller]:
-    parts = [a for host in hosts(model).values() for a in host.adapters.values() if isinstance(a, Adapter)]
-    trained = [a for a in parts if any(p.requires_grad for p in a.parameters())]
+    trained = [a for _, _, a in adapters(model) if any(p.requires_grad for p in a.parameters())]
     recipes = {repr(a.recipe.controllers): a.recipe for a in trained}
     return [c for recipe in recipes.values() for c in controllers_of(recipe, steps)]
 

@@ -5,7 +5,6 @@ Shapes: O out, I in, R rank, K kept directions.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import StructureError
+from ..recipe import check_part
 from ..structures import Structure
 
 __all__ = [
@@ -137,14 +137,9 @@ def require_structure(structure: Structure, kind: type[Own], where: str) -> Own:
 
 def check(init: Mapping[str, Mapping[str, Any]], where: str) -> None:
     """Raise StructureError for an initialiser that does not exist or an option it does not have."""
+    functions = {name: entry.function for name, entry in INITIALISERS.items()}
     for name, options in init.items():
-        if name not in INITIALISERS:
-            raise StructureError(f"{where}: unknown initialiser {name!r}; known: {', '.join(sorted(INITIALISERS))}")
-        parameters = inspect.signature(INITIALISERS[name].function).parameters.values()
-        known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-        for key in options:
-            if key not in known:
-                raise StructureError(f"{where}: {name} has no option {key!r}; it has {', '.join(known) or 'none'}")
+        check_part("initialiser", name, options, functions, where, own=4)
 
 
 @torch.no_grad()

@@ -17,13 +17,19 @@ from torch import Tensor, nn
 from ..errors import StructureError
 from ..ops import lowrank_linear, patched_linear, replayed_dropout
 
-__all__ = ["Factored", "Pair", "Structure", "check_count"]
+__all__ = ["Factored", "Pair", "Structure", "check_count", "check_dropout"]
 
 
 def check_count(value: object, what: str, least: int = 1) -> None:
     """Raise StructureError, naming `what` it is and what came, unless `value` is a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise StructureError(f"{what} must be a whole number of at least {least}, got {value!r}")
+
+
+def check_dropout(value: float, what: str) -> None:
+    """Raise StructureError, naming `what` it is and what came, unless `value` is a probability below 1."""
+    if not 0 <= value < 1:
+        raise StructureError(f"{what} must be in [0, 1), got {value!r}")
 
 
 class Structure(nn.Module, ABC):

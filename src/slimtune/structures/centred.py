@@ -8,9 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import StructureError
 from ..ops import centred_factors, centred_linear
-from .base import Factored, Pair, check_count
+from .base import Factored, Pair, check_count, check_dropout
 
 __all__ = ["CentredLowRank"]
 
@@ -59,8 +58,7 @@ class CentredLowRank(Factored):
     ) -> None:
         super().__init__(out_features, in_features)
         check_count(rank, "CentredLowRank: rank")
-        if not 0 <= rank_dropout < 1:
-            raise StructureError(f"CentredLowRank: rank_dropout must be in [0, 1), got {rank_dropout!r}")
+        check_dropout(rank_dropout, "CentredLowRank: rank_dropout")
         self.rank_dropout = rank_dropout
         self.dA = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
         self.dB = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))

@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import StructureError
-from .base import Factored, Pair, check_count
+from .base import Factored, Pair, check_count, check_dropout
 
 __all__ = ["LowRank"]
 
@@ -56,8 +55,7 @@ class LowRank(Factored):
     ) -> None:
         super().__init__(out_features, in_features)
         check_count(rank, "LowRank: rank")
-        if not 0 <= rank_dropout < 1:
-            raise StructureError(f"LowRank: rank_dropout must be in [0, 1), got {rank_dropout!r}")
+        check_dropout(rank_dropout, "LowRank: rank_dropout")
         self.rank_dropout = rank_dropout
         self.A = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
         self.B = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
