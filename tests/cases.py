@@ -19,6 +19,7 @@ from slimtune.initialisers import INITIALISERS, GradientStats, InputStats, Reque
 from slimtune.layers import Host, own_class
 from slimtune.layouts import layout_of
 from slimtune.ranks import seeded
+from slimtune.structured import hold
 from slimtune.targets import hosts, own_modules, select
 from slimtune.verbs import build_adapter
 
@@ -294,6 +295,14 @@ def _image(dtype: torch.dtype) -> Tensor:
     return torch.randn(2, 4, 9, 8, dtype=dtype)
 
 
+def held(layer: nn.Module, structure: type[st.Structure], **options: Any) -> nn.Module:
+    """A layer with a structure in its weight's place."""
+    made = structure(*layout_of(type(layer)).sizes(layer), **options)
+    for p in made.parameters():
+        nn.init.normal_(p, std=0.3)
+    return hold(layer, made)
+
+
 LAYERS = [
     Layer("linear", lambda: nn.Linear(6, 5), lambda t: torch.randn(2, 7, 6, dtype=t)),
     Layer("linear-flat", lambda: nn.Linear(5, 6, bias=False), lambda t: torch.randn(4, 5, dtype=t)),
@@ -306,6 +315,10 @@ LAYERS = [
     Layer("conv2d-grouped", lambda: nn.Conv2d(4, 6, 3, groups=2), _image, grouped=True),
     Layer("conv2d-depthwise", lambda: nn.Conv2d(4, 4, 3, groups=4), _image, grouped=True),
     Layer("conv1d", lambda: nn.Conv1d(4, 6, 3, padding=1), lambda t: torch.randn(2, 4, 9, dtype=t)),
+    Layer(
+        "structured-linear", lambda: held(nn.Linear(6, 5), st.LowRank, rank=2), lambda t: torch.randn(2, 7, 6, dtype=t)
+    ),
+    Layer("structured-conv2d", lambda: held(nn.Conv2d(4, 6, 3, stride=2), st.LowRank, rank=3), _image),
     Layer("embedding", lambda: nn.Embedding(7, 5), lambda t: torch.randint(0, 7, (2, 4))),
     Layer("embedding-padded", lambda: nn.Embedding(7, 5, padding_idx=0), lambda t: torch.randint(0, 7, (2, 4))),
 ]

@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "slimtune"
 LAYERS = [
     {"errors", "ops"},  # tensors in, tensors out
     {"structures", "compositions", "recipe"},  # the two families, and their pairing
-    {"layouts", "initialisers", "layers"},  # where they live
+    {"layouts", "structured", "factors", "initialisers", "layers"},  # where they live
     {"targets", "verbs", "ranks", "taps", "merging", "compress", "conversion"},  # verbs
     {"recipes", "allocate", "calibrate", "groups", "controllers", "models", "contrib"},  # the field
     {"files", "folders", "io", "peft_format", "hf"},  # files and the ecosystem

@@ -1,9 +1,23 @@
 """Every public name, sorted; the package loads them from here when the first one is used."""
 
 # ruff: noqa: F403
-from . import allocate, calibrate, compositions, controllers, errors, initialisers, io, models, ops, recipes, structures
+from . import (
+    allocate,
+    calibrate,
+    compositions,
+    controllers,
+    errors,
+    factors,
+    initialisers,
+    io,
+    models,
+    ops,
+    recipes,
+    structures,
+)
 from .app.convert import convert
 from .compositions import *
+from .compress import Factorized, FactorizeReport, expand, factorize
 from .controllers import *
 from .conversion import ConversionReport, LayerConversion, to_lora
 from .errors import (
@@ -44,6 +58,8 @@ __all__ = [
     "ConversionReport",
     "DataError",
     "DivergenceError",
+    "FactorizeReport",
+    "Factorized",
     "FileFormatError",
     "LayerConversion",
     "LayerError",
@@ -64,7 +80,10 @@ __all__ = [
     "convert",
     "disabled",
     "errors",
+    "expand",
     "export_peft",
+    "factorize",
+    "factors",
     "import_peft",
     "initialisers",
     "initialize",

@@ -148,7 +148,7 @@ def _kind(host: Host) -> tuple[str | None, tuple[int, ...] | None]:
     if getattr(host, "groups", 1) != 1:
         return None, None
     shape = host.layout.sizes(host) if host.weight.dim() == 2 else tuple(host.weight.shape)
-    return host.layout.__name__.removesuffix("Layout"), shape
+    return host.layout.__name__.removesuffix("Layout").removeprefix("Structured"), shape
 
 
 def describe(model: nn.Module, name: str = "default") -> Description:

@@ -9,9 +9,8 @@ Shapes: O out, I in (a convolution's I is its input channels per group times its
 from __future__ import annotations
 
 import functools
-import types
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from .errors import StructureError, TargetError, UninitializedError
 from .initialisers import Stats, apply, check
 from .layouts import Conv1DLayout, EmbeddingLayout, LinearLayout, layout_of
 from .recipe import Recipe
+from .structured import Structured, rebind, structured_class
 from .structures import Structure
 
 __all__ = [
@@ -188,7 +188,10 @@ class Extended(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the class is made at run time, so pickle and deepcopy go through the class it extends
-        return _rebuild, (self.base_class, getattr(self, "layout", None)), self.__dict__
+        base = self.base_class
+        if issubclass(base, Structured):  # a class made at run time too
+            return _rebuild, (base.dense_class, None, True), self.__dict__
+        return _rebuild, (base, getattr(self, "layout", None)), self.__dict__
 
     def base_state(self) -> dict[str, Tensor]:
         """The module's own parameters and buffers, without its adapters."""
@@ -280,7 +283,10 @@ def _extended_class(base: Any, layout: type[LinearLayout] | None) -> type[Extend
     return type(f"Adapted{base.__name__}", (Host, base), fields)
 
 
-def _rebuild(base: type[nn.Module], layout: type[LinearLayout] | None) -> Extended:
+def _rebuild(base: type[nn.Module], layout: type[LinearLayout] | None, held: bool = False) -> Extended:
+    if held:
+        base = structured_class(cast(Any, base))
+        layout = layout_of(base)
     cls: Any = _extended_class(base, layout)  # type: ignore[arg-type]
     return cls.__new__(cls)
 
@@ -291,7 +297,7 @@ def extend(module: nn.Module, layout: type[LinearLayout] | None) -> Extended:
         return module
     extended: Any = module
     extended.__class__ = _extended_class(type(module), layout)  # type: ignore[arg-type]
-    _rebind(extended)
+    rebind(extended)
     extended.adapters = nn.ModuleDict()
     extended.active_adapters = ()
     return extended
@@ -301,10 +307,4 @@ def restore(module: Extended) -> None:
     """Give a module with no adapters left its own class back."""
     del module._modules["adapters"], module.__dict__["active_adapters"]
     module.__class__ = module.base_class  # type: ignore[assignment]
-    _rebind(module)
-
-
-def _rebind(module: Any) -> None:
-    """accelerate's hooks (device_map, offload) call the forward they found; hand them the class's present one."""
-    if "_old_forward" in module.__dict__:
-        module._old_forward = types.MethodType(type(module).forward, module)
+    rebind(module)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .compositions import LinearMap
 from .compositions.base import version
 from .ops import replayed_dropout
+from .ops.convolution import CONVOLVE, Convolution
 from .structures import Factored, Structure
 
 __all__ = ["Conv1DLayout", "ConvLayout", "EmbeddingLayout", "LinearLayout", "is_packed", "layout_of"]
@@ -110,6 +111,10 @@ class LinearLayout(LinearMap):
         a, b = self(x), self.with_weight(x, W, self.bias)
         return a.shape == b.shape and bool((a - b).norm() <= 0.02 * b.norm())
 
+    def shaped(self, W: Tensor) -> Tensor:
+        """W (O, I), viewed as the layer would store it."""
+        return W
+
     def _sample(self) -> Tensor:
         W = self.layer.weight
         return torch.linspace(-1, 2, 3 * self.sizes(self.layer)[1], dtype=W.dtype, device=W.device).view(3, -1)
@@ -131,6 +136,9 @@ class Conv1DLayout(LinearLayout):
     __slots__ = ()
 
     def _oriented(self, W: Tensor) -> Tensor:
+        return W.t()
+
+    def shaped(self, W: Tensor) -> Tensor:
         return W.t()
 
     @staticmethod
@@ -159,32 +167,30 @@ class ConvLayout(LinearLayout):
         return W.flatten(1)
 
     def _convolve(self, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
-        c = self.layer
-        padding = c.padding
-        if c.padding_mode != "zeros":
-            x = F.pad(x, c._reversed_padding_repeated_twice, mode=c.padding_mode)
-            padding = 0
-        return _CONV[W.dim()](x, W, bias, c.stride, padding, c.dilation, c.groups)
+        return Convolution.of(self.layer)(x, W, bias)
 
     def change(self, x: Tensor, delta: Structure, dropout: float = 0.0) -> Tensor:
         return self._change(x, delta, dropout, None)
 
-    def _change(self, x: Tensor, delta: Structure, dropout: float, columns: Tensor | None) -> Tensor:
-        """dW diag(columns) drop(x)."""
+    def _change(
+        self, x: Tensor, delta: Structure, dropout: float, columns: Tensor | None, bias: Tensor | None = None
+    ) -> Tensor:
+        """dW diag(columns) drop(x) + bias."""
         if dropout:
             return replayed_dropout(lambda z: self._change(z, delta, 0.0, columns), x, dropout)
+        if columns is None and (y := delta.convolve(x, Convolution.of(self.layer), bias)) is not None:
+            return y
         if not isinstance(delta, Factored):
             dW = delta.matrix()
-            return self.with_weight(x, dW if columns is None else dW * columns, None)
+            return self.with_weight(x, dW if columns is None else dW * columns, bias)
         B, A = delta.factors()
         B, A = B.to(x.dtype), (A if columns is None else A * columns).to(x.dtype)
-        kernel = self.layer.weight.shape[2:]
-        groups = self.layer.groups
-        A = A.view(-1, self.layer.weight.shape[1], *kernel)
+        kernel, groups = self.layer.kernel_size, self.layer.groups
+        A = A.view(-1, self.layer.in_channels // groups, *kernel)
         h = self._convolve(x, A.repeat(groups, *(1,) * (A.dim() - 1)) if groups > 1 else A, None)
         if delta.training and delta.rank_dropout:
             h = F.dropout(h, delta.rank_dropout)
-        return _CONV[A.dim()](h, B.reshape(*B.shape, *(1,) * len(kernel)), groups=groups)
+        return CONVOLVE[len(kernel)](h, B.reshape(*B.shape, *(1,) * len(kernel)), bias, groups=groups)
 
     def plus(
         self,
@@ -206,8 +212,11 @@ class ConvLayout(LinearLayout):
         return self.with_weight(x, new if columns is None else new * columns, self.bias)
 
     def with_weight(self, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
-        W = W.to(x.dtype).view(self.layer.weight.shape)
-        return self._convolve(x, W, None if bias is None else bias.to(x.dtype))
+        return self._convolve(x, self.shaped(W.to(x.dtype)), None if bias is None else bias.to(x.dtype))
+
+    def shaped(self, W: Tensor) -> Tensor:
+        c = self.layer
+        return W.view(c.out_channels, c.in_channels // c.groups, *c.kernel_size)
 
     def _sample(self) -> Tensor:
         c, W = self.layer, self.layer.weight
@@ -215,14 +224,11 @@ class ConvLayout(LinearLayout):
         return torch.linspace(-1, 2, math.prod(shape), dtype=W.dtype, device=W.device).view(shape)
 
     def rows(self, v: Tensor) -> Tensor:
-        return v.view(-1, *(1,) * (self.layer.weight.dim() - 2))
+        return v.view(-1, *(1,) * len(self.layer.kernel_size))
 
     @staticmethod
     def sizes(layer: Any) -> tuple[int, int]:
-        return layer.weight.shape[0], layer.weight[0].numel()
-
-
-_CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+        return layer.out_channels, layer.in_channels // layer.groups * math.prod(layer.kernel_size)
 
 
 class EmbeddingLayout(LinearLayout):
@@ -285,7 +291,9 @@ def _is_hf_conv1d(cls: type) -> bool:
 
 
 def layout_of(cls: type[nn.Module]) -> type[LinearLayout] | None:
-    """The layout for a class of layers, None if adapters do not fit it."""
+    """The layout for a class of layers, which it may name itself as `own_layout`; None if adapters do not fit it."""
+    if own := getattr(cls, "own_layout", None):
+        return own
     if issubclass(cls, nn.modules.lazy.LazyModuleMixin):
         return None
     if issubclass(cls, nn.Linear):

@@ -17,7 +17,7 @@ from .structures import Factored, Structure
 from .structures.base import check_count
 from .targets import hosts, require_adapter
 
-__all__ = ["change_ranks", "compact", "rank_sizes", "resize", "seeded"]
+__all__ = ["change_ranks", "compact", "optimizers_of", "rank_sizes", "resize", "seeded", "starts_at_mean"]
 
 SECOND_MOMENTS = frozenset(
     (
@@ -219,7 +219,7 @@ def resize(
         ({'0': 6}, 6)
     """
     require_adapter(model, name)
-    optimizers, known = _several(optimizer), hosts(model, name)
+    optimizers, known = optimizers_of(optimizer), hosts(model, name)
     plans = {}
     for layer, rank in ranks.items():
         if layer not in known:
@@ -264,7 +264,7 @@ def compact(
         {'0': 3}
     """
     require_adapter(model, name)
-    optimizers, plans = _several(optimizer), {}
+    optimizers, plans = optimizers_of(optimizer), {}
     for layer, host in hosts(model, name).items():
         structure: Structure = host.addition(name).structure
         if structure.rank_dims:
@@ -277,9 +277,14 @@ def compact(
     return {layer: len(keep) for layer, (_, keep, _) in plans.items()}
 
 
-def _several(
+def optimizers_of(
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
 ) -> Sequence[torch.optim.Optimizer]:
+    """The torch optimizers meant by one or several, which may be wrapped.
+
+    Raises:
+        SlimtuneError: something else.
+    """
     several = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
     inner = [getattr(o, "optimizer", o) for o in several]  # an accelerate wrapper is looked through
     for o in inner:

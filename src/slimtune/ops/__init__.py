@@ -20,6 +20,19 @@ from .lowrank import lowrank_linear, row_square_after_update
 from .patched import patched_linear
 from .products import hadamard_factors, khatri_rao, kronecker_linear
 from .recomputed import recomputed
+from .spectral import (
+    break_even,
+    effective_rank,
+    nuclear_norm,
+    nuclear_subgradient,
+    participation_rank,
+    rank_by_budget,
+    rank_by_energy,
+    rank_by_tail,
+    rank_by_value,
+    singular_threshold,
+    stable_rank,
+)
 from .squares import column_square_after_update, square_rmatmul
 from .svd import positive_rows, truncated_svd
 from .toeplitz import (
@@ -37,6 +50,7 @@ __all__ = [
     "block_circulant_gradient",
     "block_circulant_matrix",
     "block_circulant_product",
+    "break_even",
     "carried",
     "centred_factors",
     "centred_linear",
@@ -49,6 +63,7 @@ __all__ = [
     "displaced_matrix",
     "draw_seed",
     "dropped",
+    "effective_rank",
     "fft_length",
     "hadamard_factors",
     "heads_linear",
@@ -58,17 +73,26 @@ __all__ = [
     "ldr_product",
     "ldu",
     "lowrank_linear",
+    "nuclear_norm",
+    "nuclear_subgradient",
+    "participation_rank",
     "patched_linear",
     "pivot_rows",
     "positive_rows",
+    "rank_by_budget",
+    "rank_by_energy",
+    "rank_by_tail",
+    "rank_by_value",
     "recomputed",
     "replayed_dropout",
     "retracted",
     "row_square_after_update",
+    "singular_threshold",
     "skew_circulant_matrix",
     "skew_product",
     "spectral_dtype",
     "square_rmatmul",
+    "stable_rank",
     "tangent",
     "toeplitz_gradient",
     "toeplitz_matrix",

@@ -7,6 +7,7 @@ from .centred import CentredLowRank
 from .circulant import LDR, Circulant
 from .gated import GatedHeads
 from .hadamard import Hadamard
+from .kernels import GroupedLowRank, SeparableKernel
 from .khatrirao import KhatriRao
 from .kronecker import Kronecker
 from .ldu import LDU
@@ -26,10 +27,12 @@ __all__ = [
     "Circulant",
     "Factored",
     "GatedHeads",
+    "GroupedLowRank",
     "Hadamard",
     "KhatriRao",
     "Kronecker",
     "LowRank",
+    "SeparableKernel",
     "Structure",
     "Sum",
     "Symmetric",

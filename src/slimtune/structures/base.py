@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import StructureError
 from ..ops import lowrank_linear, patched_linear, replayed_dropout
+from ..ops.convolution import Convolution
 
 __all__ = ["Factored", "Pair", "Structure", "check_count", "check_dropout"]
 
@@ -93,6 +94,10 @@ class Structure(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:  # (*T, I) -> (*T, O)
         """x dW^T. Override with a faster way of computing the same."""
         return F.linear(x, self.matrix().to(x.dtype))
+
+    def convolve(self, x: Tensor, by: Convolution, bias: Tensor | None = None) -> Tensor | None:
+        """dW as the flattened kernel of a convolution of x, plus bias; None where this has no faster way than that."""
+        return None
 
     def matmul(self, V: Tensor) -> Tensor:  # (I, R) -> (O, R)
         """dW V in at least fp32, without any dropout: for maps on top of this one."""

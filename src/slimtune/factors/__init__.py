@@ -1,0 +1,6 @@
+"""Layer 2: what can take a weight's place. One file per family; `st.factorize` uses them."""
+
+from .base import FACTORS, Factors, Part, Replacement, factors
+from .spectral import svd
+
+__all__ = ["FACTORS", "Factors", "Part", "Replacement", "factors", "svd"]
