@@ -116,7 +116,8 @@ def jpeg_cifar(data: Path) -> None:
         test_images=decode("test", test),
         test_labels=test_labels[test],
     )
-    shutil.copyfile(data / "weights/resnet20_cifar10.safetensors", OUT / "resnet20_cifar10.safetensors")
+    for name in ("resnet20_cifar10.safetensors", "resnet56_cifar10.safetensors"):
+        shutil.copyfile(data / "weights" / name, OUT / name)
 
 
 EXAMPLES: dict[str, Callable[[Path], None]] = {
