@@ -55,7 +55,7 @@ class Network:
     seeds: tuple[int, ...] = SEEDS
 
 
-NETWORKS = {"resnet20": Network(3, 312), "resnet56": Network(9, 78, (0,))}
+NETWORKS = {"resnet20": Network(3, 624), "resnet56": Network(9, 156)}
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,7 @@ class Images:
     def batches(self, seed: int, count: int) -> Any:
         generator = torch.Generator().manual_seed(seed)
         epochs = count * BATCH // len(self.x) + 1
-        order = torch.cat(
-            [torch.randperm(len(self.x), generator=generator) for _ in range(count * BATCH // len(self.x) + 1)]
-        )
+        order = torch.cat([torch.randperm(len(self.x), generator=generator) for _ in range(epochs)])
         for part in order[: count * BATCH].split(BATCH):
             x = F.pad(self.x[part], (4, 4, 4, 4))
             down, right = (torch.randint(0, 9, (len(part),), generator=generator) for _ in range(2))
