@@ -4,8 +4,8 @@
     python -m bench.lowrank --runs trp --seeds 0     # some of them
     python -m bench.lowrank --page                   # print the tables of docs/compression.md
 
-Needs `python examples/prepare_data.py FOLDER` once. A ResNet trained on lossless CIFAR-10 is fine-tuned on JPEG images,
-all runs of a network with the same images, order, crops, schedule and number of steps, in this process on one thread;
+Needs `python examples/prepare_data.py FOLDER` once. A ResNet trained on lossless CIFAR-10 is fine-tuned on JPEG images
+(resnet20-scratch: trained from random weights), all runs of a network with the same images, order, crops, schedule and number of steps, in this process on one thread;
 `bench/results/lowrank/` keeps one file per run. `after` factorises the run without a method at the multiply-adds of
 each other run of its seed, layer by layer at one energy, without training; `before` does so at the start and trains the
 factors. Nothing here is CIFAR-10 accuracy: the images are JPEG-coded.
@@ -42,7 +42,7 @@ WORK = ROOT / "runs" / "lowrank"
 DATA = ROOT / "examples" / "data"
 PICTURE = ROOT / "docs" / "images" / "lowrank.png"
 SEEDS = (0, 1)
-BATCH, RATE, DECAY, MOMENTUM = 128, 0.02, 1e-4, 0.9
+BATCH, DECAY, MOMENTUM = 128, 1e-4, 0.9
 CONVOLUTIONS = r"layer\d\.\d+\.conv\d$"
 
 
@@ -52,10 +52,19 @@ class Network:
 
     blocks: int
     steps: int
+    weights: str | None
+    """File with the weights it starts from; None: random ones."""
+    rate: float
+    runs: tuple[str, ...]
     seeds: tuple[int, ...] = SEEDS
 
 
-NETWORKS = {"resnet20": Network(3, 624), "resnet56": Network(9, 156)}
+FINE_TUNING = ("full", "trp", "trp-nuclear", "trp-spatial", "before", "cuttlefish")
+NETWORKS = {
+    "resnet20": Network(3, 624, "resnet20_cifar10.safetensors", 0.02, FINE_TUNING),
+    "resnet56": Network(9, 156, "resnet56_cifar10.safetensors", 0.02, FINE_TUNING),
+    "resnet20-scratch": Network(3, 1560, None, 0.1, ("full", "cuttlefish-scratch", "pufferfish")),
+}
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,8 @@ class Run:
     controller: Callable[[int], Any] | None = None
     before: tuple[str, str] | None = None
     """(form, run whose multiply-adds it is to have)."""
+    during: tuple[float, float] | None = None
+    """(share of the steps after which, share of the full rank to which every convolution is factorised)."""
 
 
 def runs() -> dict[str, Run]:
@@ -81,8 +92,13 @@ def runs() -> dict[str, Run]:
         "trp-spatial": Run("TRP + nuclear, spatial", trp("spatial", 0.05, 3e-4)),
         "before": Run("SVD first, then trained, channel", before=("channel", "trp-nuclear")),
         "cuttlefish": Run(
-            "Cuttlefish", lambda steps: st.Cuttlefish(targets=CONVOLUTIONS, rule="energy", total_steps=steps)
+            "Cuttlefish, ranks by energy",
+            lambda steps: st.Cuttlefish(targets=CONVOLUTIONS, rule="energy", total_steps=steps),
         ),
+        "cuttlefish-scratch": Run(
+            "Cuttlefish", lambda steps: st.Cuttlefish(targets=CONVOLUTIONS, period=78, total_steps=steps)
+        ),
+        "pufferfish": Run("a quarter of every rank after a fifth of the steps (Pufferfish)", during=(0.2, 0.25)),
     }
 
 
@@ -113,12 +129,13 @@ class Images:
 
 
 def network(name: str) -> nn.Module:
-    """With the weights trained on lossless images."""
+    """As it starts."""
     sys.path.insert(0, str(ROOT))
     from examples.resnet_cifar import ResNet
 
     model = ResNet(NETWORKS[name].blocks)
-    model.load_state_dict(load_file(DATA / f"{name}_cifar10.safetensors"))
+    if weights := NETWORKS[name].weights:
+        model.load_state_dict(load_file(DATA / weights))
     return model
 
 
@@ -155,6 +172,11 @@ def at_energy(model: nn.Module, form: str, tail: float) -> None:
     st.factorize(model, ranks, st.factors.svd(form=form))
 
 
+def _sizes(model: nn.Module, layer: str) -> tuple[int, int]:
+    W = part_of(model.get_submodule(layer), layer).W
+    return W.shape[0], W.shape[1]
+
+
 def at_cost(make: Callable[[], nn.Module], form: str, wanted: int) -> nn.Module:
     """A network factorised at the energy that brings it nearest to `wanted` multiply-adds from below."""
     low, high, best = 0.0, 0.9, None
@@ -180,11 +202,14 @@ def train(net: str, name: str, seed: int, test: Images, images: Images) -> dict[
     if run.before:
         form, other = run.before
         model = at_cost(lambda: network(net), form, read(net, other, seed)["multiply_adds"])
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM, weight_decay=DECAY)
+    optimizer = torch.optim.SGD(model.parameters(), lr=NETWORKS[net].rate, momentum=MOMENTUM, weight_decay=DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     attached = st.attach(run.controller(steps), model, optimizer) if run.controller else None
     began, losses, notes = time.perf_counter(), [], []
     for step, (x, y) in enumerate(images.batches(seed, steps), 1):
+        if run.during and step == round(run.during[0] * steps):
+            ranks = {n: max(1, int(run.during[1] * min(_sizes(model, n)))) for n in select(model, CONVOLUTIONS)}
+            st.factorize(model, ranks, optimizer=optimizer)
         model.train()
         loss = F.cross_entropy(model(x), y)
         optimizer.zero_grad()
@@ -255,7 +280,7 @@ def table() -> str:
     for net, network_ in NETWORKS.items():
         found = {
             name: [read(net, name, seed) for seed in network_.seeds if file_of(net, name, seed).is_file()]
-            for name in runs()
+            for name in network_.runs
         }
         if not found["full"]:
             continue
@@ -263,7 +288,7 @@ def table() -> str:
         dense = base["multiply_adds"]
         seeds = len(found["full"])
         head = f"**{net}**, {base['steps']} steps of {BATCH} images, {seeds} seed{'s' * (seeds > 1)}; untouched "
-        head += f"{base['accuracy_base']:.2f} %"
+        head += f"{base['accuracy_base']:.2f} %, full cost {dense / 1e6:.1f} million multiply-adds"
         lines = [
             head,
             "",
@@ -300,7 +325,7 @@ def picture() -> None:
     nets = [net for net in NETWORKS if file_of(net, "full", NETWORKS[net].seeds[0]).is_file()]
     figure, axes = plt.subplots(1, len(nets), figsize=(5.2 * len(nets), 3.8), squeeze=False, layout="constrained")
     for ax, net in zip(axes[0], nets, strict=True):
-        for index, name in enumerate(runs()):
+        for index, name in enumerate(NETWORKS[net].runs):
             results = [read(net, name, s) for s in NETWORKS[net].seeds if file_of(net, name, s).is_file()]
             if results:
                 cost = [r["multiply_adds"] / 1e6 for r in results]
@@ -330,7 +355,7 @@ def main() -> None:
         for net in arguments.networks.split(","):
             seeds = [int(s) for s in arguments.seeds.split(",")] if arguments.seeds else NETWORKS[net].seeds
             for seed in seeds:
-                for name in arguments.runs.split(",") if arguments.runs else runs():
+                for name in arguments.runs.split(",") if arguments.runs else NETWORKS[net].runs:
                     if arguments.runs or not file_of(net, name, seed).is_file():
                         result = train(net, name, seed, test, images)
                         assert math.isfinite(result["loss"])
