@@ -5,10 +5,10 @@
     python -m bench.lowrank --page                   # print the tables of docs/compression.md
 
 Needs `python examples/prepare_data.py FOLDER` once. A ResNet trained on lossless CIFAR-10 is fine-tuned on JPEG images
-(resnet20-scratch: trained from random weights), all runs of a network with the same images, order, crops, schedule and number of steps, in this process on one thread;
-`bench/results/lowrank/` keeps one file per run. `after` factorises the run without a method at the multiply-adds of
-each other run of its seed, layer by layer at one energy, without training; `before` does so at the start and trains the
-factors. Nothing here is CIFAR-10 accuracy: the images are JPEG-coded.
+(resnet20-scratch: trained from random weights), all runs of a network with the same images, order, crops, schedule and
+number of steps, in this process on one thread; `bench/results/lowrank/` keeps one file per run. `after` factorises the
+run without a method at the multiply-adds of each other run of its seed, layer by layer at one energy, without training;
+`before` does so at the start and trains the factors. Nothing here is CIFAR-10 accuracy: the images are JPEG-coded.
 """
 
 from __future__ import annotations
