@@ -6,14 +6,14 @@ Reading and checking it needs neither torch nor transformers, so that a mistake 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from slimtune.app import yamlfile
-from slimtune.app.rules import conflicts, suggest
+from slimtune.app.rules import conflicts, data_conflicts, suggest
 from slimtune.errors import ConfigError
 
 
@@ -23,14 +23,19 @@ class _Conflicts(ValueError):
         self.problems = problems
 
 
-class TrainConfig(BaseModel):
-    """Everything `slimtune train` can be told. Unknown keys and fields nothing would read are errors."""
+TaskName = Literal["classify", "regress", "sft", "image-classify"]
+Modules = str | list[str]
+Config = TypeVar("Config", bound="TaskConfig")
+
+
+class TaskConfig(BaseModel):
+    """What commands that need a model and its data are told alike."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True, protected_namespaces=())
 
     # the task and the model
-    task: Literal["classify", "regress", "sft", "image-classify"] = Field(
-        description="What to learn: a class or a number from text, text after text, or a class from an image."
+    task: TaskName | None = Field(
+        None, description="What is learned: a class or a number from text, text after text, or a class from an image."
     )
     model_name_or_path: str | None = Field(
         None,
@@ -51,9 +56,10 @@ class TrainConfig(BaseModel):
     )
 
     # the data
-    dataset_name: str = Field(
+    dataset_name: str | None = Field(
+        None,
         description="Training data: a file (jsonl, json, csv, tsv, parquet, txt, npz; text also .gz), a "
-        "folder with one folder of images per class, or a hub name."
+        "folder with one folder of images per class, or a hub name.",
     )
     eval_dataset_name: str | None = Field(
         None,
@@ -90,6 +96,33 @@ class TrainConfig(BaseModel):
     image_std: list[float] | None = Field(
         None, description="Deviation of each channel, a divisor. Default: the model's, else 1."
     )
+
+    def resolved(self) -> dict[str, Any]:
+        """Every field with its value, in this order; reading it back gives an equal object."""
+        return self.model_dump(mode="json")
+
+    @model_validator(mode="after")
+    def _consistent(self: Config) -> Config:
+        problems = list(self._conflicts())
+        if problems:
+            raise _Conflicts(problems)
+        return self
+
+    def _conflicts(self) -> Iterable[tuple[str, str]]:
+        """(field, what is wrong with it) for every rule that is broken."""
+        return data_conflicts(self)
+
+
+class TrainConfig(TaskConfig):
+    """Everything `slimtune train` can be told. Unknown keys and fields nothing would read are errors."""
+
+    task: TaskName = Field(
+        description="What to learn: a class or a number from text, text after text, or a class from an image."
+    )
+    dataset_name: str = Field(
+        description="Training data: a file (jsonl, json, csv, tsv, parquet, txt, npz; text also .gz), a "
+        "folder with one folder of images per class, or a hub name."
+    )
     augment: bool = Field(False, description="Train on randomly mirrored crops, shifted by up to 4 pixels.")
 
     # the method
@@ -110,7 +143,7 @@ class TrainConfig(BaseModel):
         description="Batches of training data that a method sees before it starts, where it starts from the data "
         "(gora, loraga, eva).",
     )
-    target_modules: str | list[str] = Field(
+    target_modules: Modules = Field(
         "all-linear",
         description="Layers to adapt: all-linear (every linear layer but the output head), a list of names "
         "or glob patterns, or a regular expression.",
@@ -217,19 +250,16 @@ class TrainConfig(BaseModel):
             return []
         return [value] if isinstance(value, str) else value
 
-    @model_validator(mode="after")
-    def _consistent(self) -> TrainConfig:
-        problems = list(conflicts(self))
-        if problems:
-            raise _Conflicts(problems)
-        return self
-
-    def resolved(self) -> dict[str, Any]:
-        """Every field with its value, in this order; reading it back gives an equal object."""
-        return self.model_dump(mode="json")
+    def _conflicts(self) -> Iterable[tuple[str, str]]:
+        return conflicts(self)
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> TrainConfig:
+    """`read_config` of a training run."""
+    return read_config(TrainConfig, path, overrides)
+
+
+def read_config(cls: type[Config], path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `key=value` overrides (YAML values; `method_options.rank=4` works), check.
 
     Raises:
@@ -267,12 +297,13 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Train
     for key in [key for key in data if not isinstance(key, str)]:
         raise ConfigError(f"{place((str(key),))}: expected a name as key, found {key!r}")
     try:
-        return TrainConfig.model_validate(data)
+        return cls.model_validate(data)
     except ValidationError as error:
-        raise ConfigError("\n".join(sorted(_explain(error, data, place), key=_by_line))) from None
+        known = list(cls.model_fields)
+        raise ConfigError("\n".join(sorted(_explain(error, data, place, known), key=_by_line))) from None
 
 
-def _explain(error: ValidationError, data: dict[str, Any], place: Any) -> list[str]:
+def _explain(error: ValidationError, data: dict[str, Any], place: Any, known: Sequence[str]) -> list[str]:
     """pydantic's errors as one line per field."""
     by_place: dict[tuple[str | int, ...], list[Any]] = {}
     for item in error.errors():
@@ -287,7 +318,7 @@ def _explain(error: ValidationError, data: dict[str, Any], place: Any) -> list[s
         if isinstance(clash, _Conflicts):
             said += [f"{place((f,))}: {f + ': ' if f else ''}{text}" for f, text in clash.problems]
         elif first["type"] == "extra_forbidden":
-            said.append(f"{place(at)}: unknown key '{name}'{suggest(name, TrainConfig.model_fields)}")
+            said.append(f"{place(at)}: unknown key '{name}'{suggest(name, known)}")
         elif first["type"] == "missing":
             said.append(f"{place(())}: missing key '{first['loc'][0]}'")
         else:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from slimtune.app.config import TrainConfig
+    from slimtune.app.config import TaskConfig, TrainConfig
 
 WHOLE_MODEL = ("full", "head")  # methods that are not recipes
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".npz")
@@ -56,15 +56,15 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean '{near[0]}'?" if near else ""
 
 
-def conflicts(cfg: TrainConfig) -> Iterable[tuple[str, str]]:
-    """(field, what is wrong with it) for every rule that `cfg` breaks."""
-    fields = type(cfg).model_fields
+def given(cfg: TaskConfig, name: str) -> bool:
+    """Whether a field has another value than its default."""
+    return bool(getattr(cfg, name) != type(cfg).model_fields[name].get_default(call_default_factory=True))
 
-    def given(name: str) -> bool:
-        return getattr(cfg, name) != fields[name].get_default(call_default_factory=True)
 
+def data_conflicts(cfg: TaskConfig) -> Iterable[tuple[str, str]]:
+    """(field, what is wrong with it) for the rules about a task, its model and its data that `cfg` breaks."""
     for name, tasks in _TASKS.items():
-        if given(name) and cfg.task not in tasks:
+        if name in type(cfg).model_fields and given(cfg, name) and cfg.task not in tasks:
             yield name, f"task {cfg.task} does not read it (only {', '.join(tasks)})"
     if (cfg.model_name_or_path is None) == (cfg.model_factory is None):
         yield (
@@ -75,51 +75,8 @@ def conflicts(cfg: TrainConfig) -> Iterable[tuple[str, str]]:
         yield "model_factory", f"expected module:callable, found '{cfg.model_factory}'"
     if cfg.model_factory is None:
         for name in ("model_options", "model_weights"):
-            if given(name):
+            if given(cfg, name):
                 yield name, "only used with model_factory"
-    if cfg.method not in WHOLE_MODEL and cfg.method not in recipe_names():
-        names = (*recipe_names(), *WHOLE_MODEL)
-        yield "method", f"unknown method '{cfg.method}'{suggest(cfg.method, names)} (known: {', '.join(names)})"
-    if cfg.method in WHOLE_MODEL:
-        for name in (
-            "method_options",
-            "budget",
-            "calibration_batches",
-            "target_modules",
-            "exclude_modules",
-            "b_ratio",
-        ):
-            if given(name):
-                yield name, f"method {cfg.method} has no adapter that would read it"
-    known = recipe_options().get(cfg.method)
-    for option in cfg.method_options if known else ():
-        if known and option not in known:
-            near = suggest(str(option), known)
-            yield "method_options", f"{cfg.method} has no option '{option}'{near} (it has {', '.join(known)})"
-    if known and cfg.budget is not None and "rank" not in known:
-        yield "budget", f"method {cfg.method} has no rank to choose; set its size in method_options"
-    if cfg.method == "full" and given("modules_to_save"):
-        yield "modules_to_save", "method full saves every module"
-    if cfg.budget is not None and "rank" in cfg.method_options:
-        yield "budget", "budget chooses the rank; remove method_options.rank or budget"
-    if cfg.max_steps is not None and given("num_train_epochs"):
-        yield "num_train_epochs", "max_steps replaces it; remove one of them"
-    if given("metric_for_best_model") and not (cfg.load_best_model_at_end or cfg.early_stopping_patience):
-        yield (
-            "metric_for_best_model",
-            "read only with load_best_model_at_end: true or early_stopping_patience",
-        )
-    every = cfg.eval_steps
-    if cfg.load_best_model_at_end and every and cfg.save_steps and cfg.save_steps % every:
-        yield (
-            "save_steps",
-            f"load_best_model_at_end needs a multiple of eval_steps ({every}), found {cfg.save_steps}",
-        )
-    if cfg.lr_scheduler_type == "constant" and given("warmup_ratio") and cfg.warmup_ratio > 0:
-        yield "warmup_ratio", "lr_scheduler_type constant does not read it; use constant_with_warmup"
-    where = cfg.resume_from_checkpoint
-    if where not in (True, False, "auto") and not Path(str(where)).is_dir():
-        yield "resume_from_checkpoint", f"no such folder: '{where}'"
     for name in (
         "dataset_name",
         "eval_dataset_name",
@@ -140,8 +97,61 @@ def conflicts(cfg: TrainConfig) -> Iterable[tuple[str, str]]:
         yield "image_std", f"expected values above 0, found {cfg.image_std}"
     if cfg.labels is not None and len(set(cfg.labels)) != len(cfg.labels):
         yield "labels", "a label is written twice"
-    if Path(cfg.output_dir).exists() and not Path(cfg.output_dir).is_dir():
-        yield "output_dir", f"'{cfg.output_dir}' is a file"
+
+
+def folder_conflicts(output_dir: str) -> Iterable[tuple[str, str]]:
+    """The same for the folder that results go to."""
+    if Path(output_dir).exists() and not Path(output_dir).is_dir():
+        yield "output_dir", f"'{output_dir}' is a file"
+
+
+def conflicts(cfg: TrainConfig) -> Iterable[tuple[str, str]]:
+    """The same for every rule of a training run."""
+    yield from data_conflicts(cfg)
+    yield from folder_conflicts(cfg.output_dir)
+    if cfg.method not in WHOLE_MODEL and cfg.method not in recipe_names():
+        names = (*recipe_names(), *WHOLE_MODEL)
+        yield "method", f"unknown method '{cfg.method}'{suggest(cfg.method, names)} (known: {', '.join(names)})"
+    if cfg.method in WHOLE_MODEL:
+        for name in (
+            "method_options",
+            "budget",
+            "calibration_batches",
+            "target_modules",
+            "exclude_modules",
+            "b_ratio",
+        ):
+            if given(cfg, name):
+                yield name, f"method {cfg.method} has no adapter that would read it"
+    known = recipe_options().get(cfg.method)
+    for option in cfg.method_options if known else ():
+        if known and option not in known:
+            near = suggest(str(option), known)
+            yield "method_options", f"{cfg.method} has no option '{option}'{near} (it has {', '.join(known)})"
+    if known and cfg.budget is not None and "rank" not in known:
+        yield "budget", f"method {cfg.method} has no rank to choose; set its size in method_options"
+    if cfg.method == "full" and given(cfg, "modules_to_save"):
+        yield "modules_to_save", "method full saves every module"
+    if cfg.budget is not None and "rank" in cfg.method_options:
+        yield "budget", "budget chooses the rank; remove method_options.rank or budget"
+    if cfg.max_steps is not None and given(cfg, "num_train_epochs"):
+        yield "num_train_epochs", "max_steps replaces it; remove one of them"
+    if given(cfg, "metric_for_best_model") and not (cfg.load_best_model_at_end or cfg.early_stopping_patience):
+        yield (
+            "metric_for_best_model",
+            "read only with load_best_model_at_end: true or early_stopping_patience",
+        )
+    every = cfg.eval_steps
+    if cfg.load_best_model_at_end and every and cfg.save_steps and cfg.save_steps % every:
+        yield (
+            "save_steps",
+            f"load_best_model_at_end needs a multiple of eval_steps ({every}), found {cfg.save_steps}",
+        )
+    if cfg.lr_scheduler_type == "constant" and given(cfg, "warmup_ratio") and cfg.warmup_ratio > 0:
+        yield "warmup_ratio", "lr_scheduler_type constant does not read it; use constant_with_warmup"
+    where = cfg.resume_from_checkpoint
+    if where not in (True, False, "auto") and not Path(str(where)).is_dir():
+        yield "resume_from_checkpoint", f"no such folder: '{where}'"
 
 
 def _is_local(path: str) -> bool:
