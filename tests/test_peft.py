@@ -162,17 +162,20 @@ def test_our_files_load_there(method, overridden, tmp_path):
 TAKEN = {
     "LORA": [
         *("linear", "linear-flat", "linear-vector", "conv1d-hf", "conv2d", "conv2d-strided", "conv1d"),
-        *("embedding", "embedding-padded"),
+        *("embedding", "embedding-padded", "structured-linear", "structured-conv2d"),
     ],
     "ADALORA": [
         *("linear", "linear-flat", "linear-vector", "conv1d-hf", "conv2d", "conv2d-strided", "conv2d-dilated"),
+        *("structured-linear", "structured-conv2d"),
     ],
-    "GRALORA": ["linear", "linear-flat", "linear-vector", "conv1d-hf"],
-    "MISS": ["linear", "linear-flat", "linear-vector"],
+    "GRALORA": ["linear", "linear-flat", "linear-vector", "conv1d-hf", "structured-linear"],
+    "MISS": ["linear", "linear-flat", "linear-vector", "structured-linear"],
     "LOHA": [
-        x.id for x in LAYERS if x.id.startswith(("linear", "conv2d", "conv1d")) and x.id[-3:] not in ("lar", "-hf")
+        x.id
+        for x in LAYERS
+        if x.id.startswith(("linear", "conv2d", "conv1d", "structured")) and x.id[-3:] not in ("lar", "-hf")
     ],
-    "LOKR": ["linear", "linear-flat", "linear-vector"],
+    "LOKR": ["linear", "linear-flat", "linear-vector", "structured-linear"],
 }
 """Layers that a PEFT type holds exactly as slimtune adapts them."""
 FEWER = {"bone-mini": ["linear-flat", "linear-vector"], "bone-bat": []}
@@ -198,7 +201,8 @@ def test_what_is_written_for_peft_is_right(method, layer, tmp_path):
         assert written_as(tmp_path) == "SLIMTUNE"
         return
     torch.manual_seed(0)
-    theirs = quietly(peft.PeftModel.from_pretrained, One(layer.make()), str(tmp_path)).eval()
+    base = One(layer.make()).requires_grad_(False)  # its AdaLoRA freezes `weight`, which a structure computes
+    theirs = quietly(peft.PeftModel.from_pretrained, base, str(tmp_path)).eval()
     flat = x.dim() == 1  # PEFT's GraLoRA wants two dimensions
     with torch.no_grad():
         expected = theirs(x[None])[0] if flat else theirs(x)

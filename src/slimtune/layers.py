@@ -32,6 +32,7 @@ __all__ = [
     "SavedModule",
     "check_host",
     "extend",
+    "give_weight",
     "own_class",
     "restore",
 ]
@@ -301,6 +302,15 @@ def extend(module: nn.Module, layout: type[LinearLayout] | None) -> Extended:
     extended.adapters = nn.ModuleDict()
     extended.active_adapters = ()
     return extended
+
+
+def give_weight(host: Host, weight: nn.Parameter) -> None:
+    """Let a host whose weight a structure computes hold this one instead, as a layer of its dense class."""
+    dense = cast(Any, host.base_class).dense_class
+    del host._modules["structure"]
+    host.__class__ = _extended_class(dense, layout_of(dense))  # type: ignore[assignment,arg-type]
+    host.weight = weight
+    rebind(host)
 
 
 def restore(module: Extended) -> None:

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .compositions import Additive
 from .errors import AdapterNameError, SlimtuneError, TargetError, UninitializedError
-from .layers import Host, SavedModule, restore
+from .layers import Host, SavedModule, give_weight, restore
 from .layouts import is_packed
+from .structured import Structured, rebind
+from .structures import LowRank, Structure
 from .targets import adapter_names, extended, hosts, own_modules, reactivate, saved_modules, unwrapped
 
 __all__ = ["LayerError", "MergeReport", "check_mergeable", "merge", "merged"]
@@ -42,6 +45,8 @@ class MergeReport:
     layers: list[LayerError] = field(default_factory=list)
     untied: list[str] = field(default_factory=list)
     """Weights that were shared with another module and are now the layer's own."""
+    densified: list[str] = field(default_factory=list)
+    """Layers that held a structure and hold a weight now: factors of the sum are not known, or not smaller."""
 
     @property
     def share(self) -> float:
@@ -55,6 +60,7 @@ class MergeReport:
             return "nothing merged"
         text = f"{len(self.layers)} layers merged; the cast lost {self.share:.2%} of the change"
         text += f" (worst: {worst.name}, {worst.share:.2%})"
+        text += f"; dense now: {', '.join(self.densified)}" if self.densified else ""
         return text + (f"; untied: {', '.join(self.untied)}" if self.untied else "")
 
 
@@ -63,7 +69,7 @@ def check_mergeable(name: str, host: Host) -> None:
     if is_packed(stored) or type(stored.data) is not Tensor:
         what = f"{type(stored.data).__name__}, {stored.dtype}"
         raise TargetError(f"{name!r} cannot be merged: its weight is packed ({what})")
-    if host._parameters.get("weight") is None:
+    if host._parameters.get("weight") is None and not isinstance(host, Structured):
         raise TargetError(f"{name!r} cannot be merged: its weight is computed from other parameters (parametrized)")
     if stored.is_meta or any(t.is_meta for t in host.adapters.parameters()):
         raise UninitializedError(f"{name!r} cannot be merged: it is on the meta device")
@@ -82,6 +88,43 @@ def _merged_weight(name: str, host: Host) -> tuple[Tensor, LayerError]:
     return host.layout.store(new, stored).clone(), error
 
 
+def _exact(factors: list[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor] | None:
+    """Factors of a sum, given those of its parts; None if one has none."""
+    known = [pair for pair in factors if pair is not None]
+    if len(known) < len(factors):
+        return None
+    return torch.cat([B for B, _ in known], 1), torch.cat([A for _, A in known])
+
+
+def _merged_structure(name: str, host: Host) -> tuple[Structure, LayerError] | None:
+    """For a host that holds a structure, the low-rank one that is W', exactly but for the cast, if it is smaller."""
+    if not isinstance(host, Structured):
+        return None
+    adapters = [host.addition(n) for n in host.active_adapters]
+    if any(not isinstance(a.composition, Additive) for a in adapters):
+        return None
+    held, stored = host.structure, next(host.structure.parameters())
+    wide = torch.float32 if stored.dtype.itemsize < 4 else torch.float64
+    parts = [held.exact_factors()]
+    for adapter in adapters:
+        pair = adapter.structure.exact_factors()
+        parts.append(pair and (adapter.scale.to(wide) * pair[0].to(wide), pair[1].to(wide)))
+    pair = _exact([p and (p[0].to(wide), p[1].to(wide)) for p in parts])
+    if (
+        pair is None
+        or pair[1].shape[0] * (held.out_features + held.in_features) >= held.out_features * held.in_features
+    ):
+        return None
+    B, A = pair
+    own = parts[0][1].shape[0]  # type: ignore[index]
+    new = LowRank(held.out_features, held.in_features, rank=len(A), device=stored.device, dtype=stored.dtype)
+    new.requires_grad_(False).train(host.training)
+    new.A.copy_(A)
+    new.B.copy_(B)
+    lost = new.B.to(wide) @ new.A.to(wide) - B @ A
+    return new, LayerError(name, float((B[:, own:] @ A[own:]).norm()), float(lost.norm()))
+
+
 def _active_hosts(model: nn.Module) -> dict[str, Host]:
     return {n: h for n, h in hosts(model).items() if h.active_adapters}
 
@@ -92,14 +135,20 @@ def merged(model: nn.Module) -> Iterator[MergeReport]:
     """Within: plain layers that hold the effective weights. Afterwards the saved tensors are put back, bit for bit.
 
     Computed in a wider type than the layer's and cast once; yields the report of what the casts lost. Weights tied
-    to another module are replaced in the adapted layer only.
+    to another module are replaced in the adapted layer only. A layer that holds a structure meanwhile holds what
+    `merge` would leave in its place.
     """
     report = MergeReport()
     tensors: list[tuple[nn.Module, str, Any]] = []
+    structured: list[tuple[Host, type[Host], dict[str, Any]]] = []
     before = [(m, m.active_adapters) for _, m in extended(model)]
     try:
         for name, host in _active_hosts(model).items():
             check_mergeable(name, host)
+            if isinstance(host, Structured):
+                structured.append((host, type(host), dict(host._modules)))
+                _fold_structured(name, host, report)
+                continue
             new, error = _merged_weight(name, host)
             report.layers.append(error)
             tensors.append((host, "weight", host.weight))
@@ -114,14 +163,34 @@ def merged(model: nn.Module) -> Iterator[MergeReport]:
     finally:
         for part, key, tensor in reversed(tensors):
             setattr(part, key, tensor)
+        for host, cls, modules in structured:
+            host._parameters.pop("weight", None)
+            host._modules.clear()  # in the order they had
+            host._modules.update(modules)
+            host.__class__ = cls
+            rebind(host)
         reactivate(before)
+
+
+def _fold_structured(name: str, host: Host, report: MergeReport) -> None:
+    """Put the effective weight of a layer that holds a structure in its place, as factors where that can be."""
+    if found := _merged_structure(name, host):
+        host.structure = found[0]
+        report.layers.append(found[1])
+        return
+    new, error = _merged_weight(name, host)
+    report.layers.append(error)
+    report.densified.append(name)
+    give_weight(host, nn.Parameter(new, requires_grad=False))
 
 
 @torch.no_grad()
 def merge(model: nn.Module) -> MergeReport:
     """Write the effective weights into the model and remove its adapters, for good.
 
-    W' is computed in a wider type than the layer's (fp32 for bf16 and fp16, fp64 for fp32) and cast once. A weight
+    W' is computed in a wider type than the layer's (fp32 for bf16 and fp16, fp64 for fp32) and cast once. A layer that
+    holds a structure with exact factors, under adapters that add such, keeps the factors of both in a `LowRank` where
+    that has fewer numbers than W'; otherwise it gets a weight, and `report.densified` names it. A weight
     shared with a module that the adapter does not change becomes the layer's own; `report.untied` names it, and a
     transformers config is set to `tie_word_embeddings = False`.
 
@@ -157,6 +226,9 @@ def merge(model: nn.Module) -> MergeReport:
     _warn_of_unfinished(changed)
     shared = [g for g in _places(model).values() if len(g) > 1]
     for name, host in changed.items():
+        if isinstance(host, Structured):
+            _fold_structured(name, host, report)
+            continue
         new, error = _merged_weight(name, host)
         report.layers.append(error)
         host.weight = nn.Parameter(new, requires_grad=False)

@@ -97,6 +97,10 @@ class Structured(nn.Module):
     own_layout: type[_Held]
     structure: Structure
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        # who makes a new layer of a layer's class, as PEFT does, means one with a weight
+        return cls.dense_class(*args, **kwargs) if args or kwargs else super().__new__(cls)
+
     def forward(self, input: Tensor) -> Tensor:
         return self.own_layout(self).held(input)
 

@@ -29,6 +29,7 @@ from ..layouts import layout_of
 from ..merging import check_mergeable
 from ..ranks import change_ranks
 from ..recipe import Recipe
+from ..structured import Structured
 from ..structures import Structure
 from ..targets import check_name, hosts
 from ..verbs import build_adapter, check_stats
@@ -189,6 +190,11 @@ class SlimtuneLayer(nn.Module, BaseTunerLayer):
         if not names:
             return
         host: Any = self
+        if isinstance(self, Structured):
+            raise TargetError(
+                f"{type(self).__name__} holds a structure, which PEFT cannot merge into: load the adapter with st.load "
+                "and call st.merge, or st.expand the model first"
+            )
         check_mergeable(type(self).__name__, host)
         map: LinearMap = self.layout(self)
         for name in names:

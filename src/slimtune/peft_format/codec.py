@@ -16,6 +16,7 @@ from ..io import LayerEntry
 from ..layers import own_class
 from ..layouts import layout_of
 from ..recipe import Recipe
+from ..structured import Structured
 from .names import lookup
 
 __all__ = ["Codec", "Fields", "Layer", "Unfit", "common", "layout", "same", "tidy"]
@@ -117,8 +118,9 @@ class Codec(ABC):
 
 
 def layout(module: nn.Module) -> type:
-    """The kind of a layer, extended or not."""
-    return layout_of(own_class(module))  # type: ignore[return-value]
+    """The kind of a layer, extended or not, with a weight of its own or a structure in its place."""
+    cls = own_class(module)
+    return layout_of(cls.dense_class if issubclass(cls, Structured) else cls)  # type: ignore[return-value]
 
 
 def common(values: Iterable[Any]) -> Any:
