@@ -72,7 +72,7 @@ def calibrate(cfg: TrainConfig, task: Task, recipe: Recipe, device: torch.device
             model,
             found,
             loss,
-            cfg.target_modules,
+            cfg.targets,
             exclude=cfg.exclude_modules,
             seed=cfg.seed,
             progress=progress,

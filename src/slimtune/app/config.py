@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from slimtune.app import yamlfile
 from slimtune.app.rules import conflicts, data_conflicts, suggest
+from slimtune.app.whole import WHOLE
 from slimtune.errors import ConfigError
 
 
@@ -128,9 +129,10 @@ class TrainConfig(TaskConfig):
     # the method
     method: str = Field(
         "lora",
-        description="A recipe (`slimtune methods`), full (every weight) or head (modules_to_save only).",
+        description="A recipe (`slimtune methods`); full (every weight), head (modules_to_save only); trp or "
+        "cuttlefish (every weight, in layers that end factorised).",
     )
-    method_options: dict[str, Any] = Field(default_factory=dict, description="The recipe's options, e.g. {rank: 16}.")
+    method_options: dict[str, Any] = Field(default_factory=dict, description="The method's options, e.g. {rank: 16}.")
     budget: int | None = Field(
         None,
         ge=1,
@@ -143,12 +145,14 @@ class TrainConfig(TaskConfig):
         description="Batches of training data that a method sees before it starts, where it starts from the data "
         "(gora, loraga, eva).",
     )
-    target_modules: Modules = Field(
+    target_modules: Modules | None = Field(
         "all-linear",
-        description="Layers to adapt: all-linear (every linear layer but the output head), a list of names "
-        "or glob patterns, or a regular expression.",
+        description="Layers to adapt, or to factorise: all-linear (every linear layer but the output head), a list of "
+        "names or glob patterns, or a regular expression. Default for trp and cuttlefish: their own choice.",
     )
-    exclude_modules: list[str] = Field(default_factory=list, description="Layers not to adapt: names or glob patterns.")
+    exclude_modules: list[str] = Field(
+        default_factory=list, description="Layers to leave as they are: names or glob patterns."
+    )
     modules_to_save: list[str] | None = Field(
         None, description="Modules trained in full and stored with the adapter. Default: the new task head."
     )
@@ -156,7 +160,9 @@ class TrainConfig(TaskConfig):
 
     # optimisation
     learning_rate: float | None = Field(
-        None, gt=0, description="Peak learning rate. Default: the recipe's own; 5e-5 for full, 1e-3 for head."
+        None,
+        gt=0,
+        description="Peak learning rate. Default: the recipe's own; 1e-3 for head, 5e-5 for full, trp and cuttlefish.",
     )
     head_learning_rate: float | None = Field(
         None,
@@ -235,6 +241,13 @@ class TrainConfig(TaskConfig):
         description="Trackers besides the run folder, as transformers names them: wandb, tensorboard, ...",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _own_targets(cls, values: Any) -> Any:
+        """Where a controller chooses its layers, none are named for it."""
+        whole = WHOLE.get(str(values.get("method"))) if isinstance(values, dict) else None
+        return {"target_modules": None, **values} if whole and whole.controller else values
+
     @field_validator("budget", mode="before")
     @classmethod
     def _read_budget(cls, value: Any) -> Any:
@@ -252,6 +265,11 @@ class TrainConfig(TaskConfig):
 
     def _conflicts(self) -> Iterable[tuple[str, str]]:
         return conflicts(self)
+
+    @property
+    def targets(self) -> Modules:
+        """The layers that a recipe adapts."""
+        return "all-linear" if self.target_modules is None else self.target_modules
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> TrainConfig:

@@ -1,8 +1,9 @@
-"""From a configuration to an adapted model: the recipe, its options, and the rank that a budget buys."""
+"""From a configuration to a model that trains: the recipe, its options, the rank that a budget buys; controllers."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,12 +16,15 @@ from slimtune.app.calibration import Fitted, meter
 from slimtune.app.config import TrainConfig
 from slimtune.app.methods import needs_data
 from slimtune.app.weights import inside
+from slimtune.app.whole import WHOLE, Whole
+from slimtune.compress import structured_layers
+from slimtune.controllers import Controller
+from slimtune.controllers.base import make_controllers
 from slimtune.errors import ConfigError
 from slimtune.groups import HEAD_RATE
-from slimtune.recipe import matches
-from slimtune.targets import saved_modules
+from slimtune.recipe import matches, subclasses
+from slimtune.targets import own_modules, saved_modules, select
 
-RATES = {"full": 5e-5, "head": HEAD_RATE}  # for AdamW, where no recipe says better
 MAX_RANK = 1 << 16
 
 
@@ -33,12 +37,14 @@ class Method:
         whole: names of the modules of which everything trains, running statistics included; "" is the model.
         learning_rate: the peak rate of everything that has no rate of its own.
         calibration: what it took to look at the data first (seconds, batches, examples), if it was done.
+        controllers: what acts around the optimizer's step, as {class name: its options}.
     """
 
     recipe: st.Recipe | None
     whole: list[str]
     learning_rate: float
     calibration: dict[str, Any] = field(default_factory=dict)
+    controllers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def make_recipe(name: str, options: dict[str, Any]) -> st.Recipe:
@@ -75,11 +81,13 @@ def apply_method(
         TargetError: targets or modules_to_save that match nothing.
     """
     head = list(new_head if cfg.modules_to_save is None else cfg.modules_to_save)
-    if cfg.method == "full":
+    if (kind := WHOLE.get(cfg.method)) is not None:
+        rate = cfg.learning_rate or kind.learning_rate
+        if not kind.everything:
+            return Method(None, _train_only(model, head), rate)
+        controllers = _controllers(cfg, kind, model)
         model.requires_grad_(True)
-        return Method(None, [""], cfg.learning_rate or RATES["full"])
-    if cfg.method == "head":
-        return Method(None, _train_only(model, head), cfg.learning_rate or RATES["head"])
+        return Method(None, [""], rate, controllers=controllers)
     options = dict(cfg.method_options)
     if cfg.budget is not None:
         options["rank"] = fit_rank(cfg, model, cfg.budget)
@@ -94,14 +102,58 @@ def apply_method(
         st.adapt(
             model,
             fitted.recipe,
-            cfg.target_modules,
+            cfg.targets,
             exclude=cfg.exclude_modules,
             modules_to_save=head,
             stats=fitted.stats,
             progress=progress if recipe.init else None,
         )
     whole = [f"{name}.adapters.default" for name in saved_modules(model, "default")]
-    return Method(recipe, whole, cfg.learning_rate or recipe.learning_rate, fitted.facts)
+    return Method(recipe, whole, cfg.learning_rate or recipe.learning_rate, fitted.facts, recipe.controllers)
+
+
+def check_alone(cfg: TrainConfig, processes: int) -> None:
+    """Raise ConfigError where a method makes the model anew while it trains and something holds on to the old one."""
+    kind = WHOLE.get(cfg.method)
+    if kind is None or kind.controller is None:
+        return
+    controller: type[Controller] = subclasses(Controller)[kind.controller]
+    if not controller.replaces:
+        return
+    why = f"method {cfg.method} puts new parameters in the place of the model's own while it trains"
+    if cfg.torch_compile:
+        raise ConfigError(f"torch_compile: {why}, which a compiled graph cannot follow; set it to false")
+    if processes > 1:
+        raise ConfigError(f"{why}, which {processes} processes cannot follow; start it as one process")
+
+
+def _controllers(cfg: TrainConfig, kind: Whole, model: nn.Module) -> dict[str, dict[str, Any]]:
+    """{class name: options} of a whole-model method's controller, the layers it is to act on among them."""
+    if kind.controller is None:
+        return {}
+    known, options = inspect.signature(subclasses(Controller)[kind.controller]).parameters, dict(cfg.method_options)
+    layers = {"targets": ("target_modules", cfg.target_modules), "exclude": ("exclude_modules", cfg.exclude_modules)}
+    for option, (key, value) in layers.items():
+        if not value:
+            continue
+        if option not in known:
+            raise ConfigError(f"{key}: method {cfg.method} acts on every layer that it can; remove it")
+        options[option] = value
+    if cfg.target_modules:
+        select(model, cfg.target_modules, cfg.exclude_modules)  # raises now, not at the first step
+    return {kind.controller: options}
+
+
+def controllers_for(cfg: TrainConfig, method: Method, steps: int) -> list[Controller]:
+    """The method's controllers, for a run of so many optimizer steps.
+
+    Raises:
+        ConfigError: an option's value that one does not take.
+    """
+    try:
+        return make_controllers(method.controllers, steps, cfg.method)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"method_options: {error}") from error
 
 
 def _train_only(model: nn.Module, head: list[str]) -> list[str]:
@@ -134,7 +186,7 @@ def fit_rank(cfg: TrainConfig, model: nn.Module, budget: int) -> int:
         recipe = make_recipe(cfg.method, {**cfg.method_options, "rank": rank})
         if recipe.controllers and recipe.structure.rank_dims:
             recipe = replace(recipe, options={**recipe.options, "rank": rank})
-        st.adapt(ghost, recipe, cfg.target_modules, exclude=cfg.exclude_modules)
+        st.adapt(ghost, recipe, cfg.targets, exclude=cfg.exclude_modules)
         return sum(p.numel() for _, p in st.trainable_parameters(ghost))
 
     smallest = size(1)
@@ -177,15 +229,21 @@ def meta_copy(model: nn.Module) -> nn.Module:
 
 def start_of(model: nn.Module, method: Method) -> dict[str, Any]:
     """What a run starts with, before controllers change ranks: trainable parameters, and the rank of every layer."""
-    ranks = {row.name: row.rank for row in st.summary(model).rows if row.rank is not None} if method.recipe else {}
+    if method.recipe:
+        ranks = {row.name: row.rank for row in st.summary(model).rows if row.rank is not None}
+    else:
+        ranks = {name: rank for name, layer in structured_layers(model).items() if (rank := rank_of(layer)) is not None}
     return {"trainable_parameters": sum(p.numel() for _, p in st.trainable_parameters(model)), "ranks": ranks}
 
 
 def trained_rows(model: nn.Module, method: Method, start: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Per adapted layer or module trained in full: name, rank (now and at the start), parameters. The table of
     ranks.json."""
+    found: dict[str, tuple[int | None, int]]
     if method.recipe:
         found = {row.name: (row.rank, row.parameters) for row in st.summary(model).rows}
+    elif method.whole == [""] and structured_layers(model):
+        found = _leaves(model)
     else:
         parts = {name: model.get_submodule(name) for name in method.whole if name} or dict(model.named_children())
         found = {name: (None, sum(p.numel() for p in part.parameters())) for name, part in parts.items()}
@@ -195,6 +253,25 @@ def trained_rows(model: nn.Module, method: Method, start: Mapping[str, Any]) -> 
     ]
 
 
+def rank_of(layer: nn.Module) -> int | None:
+    """The rank of the structure in a layer's weight's place, if it has one."""
+    rank = getattr(getattr(layer, "structure", None), "rank", None)
+    return rank if isinstance(rank, int) else None
+
+
+def _leaves(model: nn.Module) -> dict[str, tuple[int | None, int]]:
+    """(rank, parameters) of every module with parameters of its own; a shared parameter counts where it is first."""
+    structured, found, seen = structured_layers(model), dict[str, tuple[int | None, int]](), set[int]()
+    for name, module in own_modules(model).items():
+        if any(name.startswith(f"{other}.") for other in structured):
+            continue
+        own = {id(p): p for p in module.parameters(recurse=name in structured) if id(p) not in seen}
+        seen |= own.keys()
+        if own:
+            found[name] = (rank_of(module), sum(p.numel() for p in own.values()))
+    return found
+
+
 def make_groups(cfg: TrainConfig, model: nn.Module, method: Method, head: Sequence[str]) -> list[dict[str, Any]]:
     """Optimizer groups: those of `st.param_groups`, with the head's parameters split off at their own rate."""
     made = st.param_groups(model, lr=method.learning_rate, b_ratio=cfg.b_ratio, weight_decay=cfg.weight_decay)
@@ -202,7 +279,7 @@ def make_groups(cfg: TrainConfig, model: nn.Module, method: Method, head: Sequen
         raise ConfigError(f"b_ratio: no factor of {cfg.method} starts at zero, so nothing would use it")
     rate = cfg.head_learning_rate
     if rate is None and cfg.learning_rate is None and method.recipe is not None and method.whole:
-        rate = RATES["head"]
+        rate = HEAD_RATE
     if rate is None:
         return made
     names = head if method.whole == [""] else method.whole

@@ -11,10 +11,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slimtune.app.whole import WHOLE, whole_options
+
 if TYPE_CHECKING:
     from slimtune.app.config import TaskConfig, TrainConfig
 
-WHOLE_MODEL = ("full", "head")  # methods that are not recipes
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".npz")
 
 _TEXT = ("classify", "regress", "sft")
@@ -109,29 +110,28 @@ def conflicts(cfg: TrainConfig) -> Iterable[tuple[str, str]]:
     """The same for every rule of a training run."""
     yield from data_conflicts(cfg)
     yield from folder_conflicts(cfg.output_dir)
-    if cfg.method not in WHOLE_MODEL and cfg.method not in recipe_names():
-        names = (*recipe_names(), *WHOLE_MODEL)
+    whole = WHOLE.get(cfg.method)
+    if whole is None and cfg.method not in recipe_names():
+        names = (*recipe_names(), *WHOLE)
         yield "method", f"unknown method '{cfg.method}'{suggest(cfg.method, names)} (known: {', '.join(names)})"
-    if cfg.method in WHOLE_MODEL:
-        for name in (
-            "method_options",
-            "budget",
-            "calibration_batches",
-            "target_modules",
-            "exclude_modules",
-            "b_ratio",
-        ):
+    if whole is not None:
+        unread = ["budget", "calibration_batches", "b_ratio"]
+        if whole.controller is None:
+            unread += ["method_options", "target_modules", "exclude_modules"]
+        for name in unread:
             if given(cfg, name):
                 yield name, f"method {cfg.method} has no adapter that would read it"
-    known = recipe_options().get(cfg.method)
+    elif cfg.target_modules is None:
+        yield "target_modules", "expected text or a list, found nothing"
+    known = whole_options(cfg.method) if whole and whole.controller else recipe_options().get(cfg.method)
     for option in cfg.method_options if known else ():
         if known and option not in known:
             near = suggest(str(option), known)
             yield "method_options", f"{cfg.method} has no option '{option}'{near} (it has {', '.join(known)})"
-    if known and cfg.budget is not None and "rank" not in known:
+    if known and not whole and cfg.budget is not None and "rank" not in known:
         yield "budget", f"method {cfg.method} has no rank to choose; set its size in method_options"
-    if cfg.method == "full" and given(cfg, "modules_to_save"):
-        yield "modules_to_save", "method full saves every module"
+    if whole and whole.everything and given(cfg, "modules_to_save"):
+        yield "modules_to_save", f"method {cfg.method} saves every module"
     if cfg.budget is not None and "rank" in cfg.method_options:
         yield "budget", "budget chooses the rank; remove method_options.rank or budget"
     if cfg.max_steps is not None and given(cfg, "num_train_epochs"):

@@ -21,11 +21,10 @@ from slimtune.app.callbacks import Progress, Run
 from slimtune.app.config import TrainConfig
 from slimtune.app.evaluate import measure_base
 from slimtune.app.events import Events
-from slimtune.app.method import Method, make_groups
+from slimtune.app.method import Method, controllers_for, make_groups
 from slimtune.app.signals import StopRequest
 from slimtune.app.tasks import Task
 from slimtune.app.trainer import SlimTrainer
-from slimtune.controllers import controllers_of
 from slimtune.errors import ConfigError, SlimtuneError
 from slimtune.hf.trainer import fix_shapes
 
@@ -105,7 +104,7 @@ def trainer(
         raise ConfigError(f"gradient_checkpointing: {type(task.model).__name__} does not support it")
     made.label_names = task.label_names
     progress = Progress(task.metric)
-    controllers = controllers_of(method.recipe, made.max_steps) if method.recipe else []
+    controllers = controllers_for(cfg, method, made.max_steps)
     if made.world_size > 1 or cfg.torch_compile:
         fix_shapes(controllers)
     try:

@@ -59,10 +59,11 @@ def _train(cfg: TrainConfig, stop: StopRequest) -> RunResult:
 
     from slimtune.app import finish, setup
     from slimtune.app.calibration import calibrate
-    from slimtune.app.method import apply_method, start_of
+    from slimtune.app.method import apply_method, check_alone, start_of
     from slimtune.app.tasks import build_task
 
     arguments = setup.arguments(cfg)  # starts the process group under torchrun
+    check_alone(cfg, arguments.world_size)
     if main:
         setup.check_folder(run)
     setup.barrier()

@@ -16,7 +16,16 @@ from ..layers import Adapter
 from ..recipe import Recipe, check_part, subclasses
 from ..targets import hosts
 
-__all__ = ["Attached", "Controller", "adapters", "attach", "controllers_of", "require_rates", "trained_adapters"]
+__all__ = [
+    "Attached",
+    "Controller",
+    "adapters",
+    "attach",
+    "controllers_of",
+    "make_controllers",
+    "require_rates",
+    "trained_adapters",
+]
 
 
 class Controller:
@@ -30,6 +39,10 @@ class Controller:
     optimizer. Statistics as large as a parameter belong into `optimizer.state[parameter]`, under a key that starts
     with the controller's name: there they are saved, resumed, sharded and resized with Adam's own moments.
     """
+
+    replaces = False
+    """Whether other parameters take the place of the model's own while it trains, which the buckets of
+    DistributedDataParallel and compiled graphs cannot follow."""
 
     _seen = False
     """Whether it was called after a step, in this run or in the one that its state is of."""
@@ -264,10 +277,15 @@ def controllers_of(recipe: Recipe, total_steps: int) -> list[Controller]:
         >>> st.controllers_of(st.lora(), total_steps=1000)
         []
     """
+    return make_controllers(recipe.controllers, total_steps, recipe.name)
+
+
+def make_controllers(parts: Mapping[str, Mapping[str, Any]], total_steps: int, where: str) -> list[Controller]:
+    """The controllers of {class name: its options}, likewise; `where` is the method that names them."""
     table = {name: cls for name, cls in subclasses(Controller).items() if not inspect.isabstract(cls)}
     made = []
-    for name, options in recipe.controllers.items():
-        check_part("controller", name, options, table, recipe.name)
+    for name, options in parts.items():
+        check_part("controller", name, options, table, where)
         known = inspect.signature(table[name]).parameters
         length = {"total_steps": total_steps} if "total_steps" in known else {}
         made.append(table[name](**length, **options))
