@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..errors import StructureError
 from ..ops.svd import truncated_svd
@@ -54,3 +55,8 @@ class svd:
 
     def sizes(self, part: Part) -> tuple[float, int]:
         return thin_sizes(part, self.form)
+
+    def errors(self, part: Part) -> Tensor:
+        """|W - W'|_F^2 at ranks 0, 1, ..., in fp64: the tails of the squared singular values."""
+        values = torch.linalg.svdvals(matrices(part, self.form).double()).square().sum(0)
+        return torch.cat([values.flip(0).cumsum(0).flip(0), values.new_zeros(1)]).cpu()

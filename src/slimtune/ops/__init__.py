@@ -17,6 +17,7 @@ from .heads import heads_linear
 from .ldu import diagonal_linear, ldu, pivot_rows
 from .lorapro import adjusted_gradients, carried, retracted, tangent
 from .lowrank import lowrank_linear, row_square_after_update
+from .moments import Moments
 from .patched import patched_linear
 from .products import hadamard_factors, khatri_rao, kronecker_linear
 from .recomputed import recomputed
@@ -46,6 +47,7 @@ from .toeplitz import (
 )
 
 __all__ = [
+    "Moments",
     "adjusted_gradients",
     "block_circulant_gradient",
     "block_circulant_matrix",

@@ -47,6 +47,24 @@ class Convolution(NamedTuple):
             kernel=pick(self.kernel), stride=pick(self.stride), padding=tuple(pads), dilation=pick(self.dilation)
         )
 
+    def patches(self, x: Tensor) -> Tensor:
+        """What every output sees of x (*T, G C, *size): (positions, G, I), a view's copy; W (O, I) times it is x * W.
+
+        Example:
+            >>> import torch
+            >>> by = Convolution.of(torch.nn.Conv2d(2, 4, 3, stride=2, padding=1))
+            >>> by.patches(torch.randn(5, 2, 8, 8)).shape
+            torch.Size([80, 1, 18])
+        """
+        n = len(self.kernel)
+        x = x.reshape(-1, *x.shape[-n - 1 :])
+        if any(self.padding):
+            x = F.pad(x, self.padding, mode="constant" if self.mode == "zeros" else self.mode)
+        for dim, (k, step, gap) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True), 2):
+            x = x.unfold(dim, gap * (k - 1) + 1, step)[..., ::gap]
+        x = x.movedim(1, n + 1)  # (T, *positions, G C, *kernel)
+        return x.reshape(-1, self.groups, x.shape[n + 1 :].numel() // self.groups)
+
     def __call__(self, x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
         """x * W + bias for a kernel W (O, C, *kernel)."""
         n, pads = len(self.kernel), self.padding

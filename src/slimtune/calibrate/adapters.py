@@ -1,4 +1,4 @@
-"""Layer 4: what a model's data say about its layers before training: mean gradients and inputs, streamed.
+"""What a model's data say about its layers before training: mean gradients and inputs, streamed.
 
 Shapes: O out, I in, K kept directions, R rank, T rows of a batch.
 """
@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .allocate import ALLOCATORS, ESTIMATES, MEASURES, Allocator, check_allocation, with_ranks
-from .errors import ConfigError, DataError, DivergenceError, StructureError, TargetError
-from .initialisers import INITIALISERS, GradientStats, Initialiser, InputStats, Request, Stats, check
-from .layers import Host, own_class
-from .ops import truncated_svd
-from .ops.processes import agreed, several, summed
-from .ranks import seeded
-from .recipe import Recipe
-from .structures.base import check_count
-from .taps import (
+from ..allocate import ALLOCATORS, ESTIMATES, MEASURES, Allocator, check_allocation, with_ranks
+from ..errors import ConfigError, DataError, DivergenceError, StructureError, TargetError
+from ..initialisers import INITIALISERS, GradientStats, Initialiser, InputStats, Request, Stats, check
+from ..layers import Host, own_class
+from ..ops import truncated_svd
+from ..ops.processes import agreed, several, summed
+from ..ranks import seeded
+from ..recipe import Recipe
+from ..structures.base import check_count
+from ..taps import (
     Left,
     Loss,
     Probed,
@@ -36,10 +36,10 @@ from .taps import (
     passes_over,
     sum_dtype,
 )
-from .targets import own_modules, select
-from .verbs import adapt, build_adapter, remove
+from ..targets import own_modules, select
+from ..verbs import adapt, build_adapter, remove
 
-__all__ = ["fit", "gradients", "inputs"]
+__all__ = ["fit", "gradients", "inputs", "own_forward"]
 
 
 def gradients(
@@ -236,7 +236,7 @@ def inputs(
     """
     check_count(components, "calibrate: components")
     names = select(model, targets, exclude)
-    run_forward = forward or _own_forward
+    run_forward = forward or own_forward
     with passes_over(model, names, None, seed) as run:
         for n, host in run.layers.items():
             if not host.map().is_matrix:
@@ -323,11 +323,16 @@ class _Inputs:
         return InputStats(self.directions[:components].clone(), self.values[:components].clone(), self.total, self.rows)
 
 
-def _own_forward(model: nn.Module, batch: Any) -> Any:
+def own_forward(model: nn.Module, batch: Any) -> Any:
+    """model(**batch) for a mapping, model(batch) otherwise.
+
+    Raises:
+        DataError: a list or tuple.
+    """
     if isinstance(batch, (list, tuple)):
         raise DataError(
             f"calibrate: a batch is a {type(batch).__name__}; expected a mapping, for model(**batch), or a tensor. "
-            "Give loss=lambda model, batch: ..., or forward= to calibrate.inputs"
+            "Give loss=lambda model, batch: ..., or forward="
         )
     return model(**batch) if isinstance(batch, Mapping) else model(batch)
 

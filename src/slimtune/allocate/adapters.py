@@ -1,4 +1,4 @@
-"""Layer 4: a rank for each layer before training, under a budget. Pure functions of statistics and sizes.
+"""A rank for each layer before training, under a budget. Pure functions of statistics and sizes.
 
 Shapes: O out, I in, R rank; f = O + I is what one rank of a layer costs in parameters.
 """
@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ConfigError, StructureError
-from .initialisers import GradientStats, InputStats, Request
-from .layers import own_class
-from .layouts import layout_of
-from .recipe import Recipe, check_part, is_number
-from .structures.base import check_count
-from .targets import own_modules, select
-from .verbs import build_adapter
+from ..errors import ConfigError, StructureError
+from ..initialisers import GradientStats, InputStats, Request
+from ..layers import own_class
+from ..layouts import layout_of
+from ..recipe import Recipe, check_part, is_number
+from ..structures.base import check_count
+from ..targets import own_modules, select
+from ..verbs import build_adapter
 
 __all__ = ["ALLOCATORS", "ESTIMATES", "MEASURES", "Allocator", "budget", "eva", "gora", "with_ranks"]
 

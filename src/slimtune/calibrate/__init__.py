@@ -1,0 +1,7 @@
+"""Layer 4: what a model's data say about its layers: mean gradients and inputs before training, and covariances before
+compressing."""
+
+from .adapters import fit, gradients, inputs
+from .covariances import errors, moments
+
+__all__ = ["errors", "fit", "gradients", "inputs", "moments"]
