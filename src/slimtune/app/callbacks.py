@@ -61,7 +61,8 @@ class Run(TrainerCallback):
             if "ranks" not in note:
                 self.events.write("note", step, controller=type(attached.controller).__name__, **note)
             elif note["ranks"] != self._ranks:
-                if self._ranks is None and (start := self.trainer.run_state.get("start")):
+                start = self.trainer.run_state.get("start") or {}
+                if self._ranks is None and start.get("ranks"):
                     self.events.write("ranks", 0, ranks=start["ranks"])
                 self._ranks = note["ranks"]
                 self.events.write("ranks", step, **note)

@@ -19,7 +19,7 @@ from slimtune.app.method import Method, trained_rows
 from slimtune.app.setup import write_text
 from slimtune.app.tasks import Task
 from slimtune.app.trainer import SlimTrainer
-from slimtune.app.weights import ADAPTER, MODEL, own_state
+from slimtune.app.weights import ADAPTER, save_weights
 from slimtune.errors import SlimtuneError
 
 
@@ -114,8 +114,6 @@ def report(run: Path) -> Path | None:
 
 def _save_model(trainer: SlimTrainer, task: Task, final: Path) -> int:
     """The whole model, sealed: as transformers stores it, or one safetensors file. Returns the weights' bytes."""
-    from safetensors.torch import save_file
-
     with checkpoint.failing_clearly(final, final.parent):
         folder = checkpoint.prepare(final)
         if hasattr(trainer.model, "save_pretrained"):
@@ -123,8 +121,7 @@ def _save_model(trainer: SlimTrainer, task: Task, final: Path) -> int:
             if hasattr(task.processing, "save_pretrained"):
                 task.processing.save_pretrained(folder)
         else:
-            tensors = own_state(trainer.model, [""])
-            save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, str(folder / MODEL))
+            save_weights(trainer.model, folder, False, [""])
         checkpoint.seal(folder, trainer.state.global_step)
         checkpoint.publish(folder, final)
     return sum(file.stat().st_size for file in final.glob("*.safetensors"))

@@ -1,0 +1,192 @@
+"""Runs whose model becomes smaller while it trains, or at the end: exact resume, what is kept, what is told."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import slimtune as st
+import tinyrun
+from slimtune.app import checkpoint, whole
+from slimtune.app.loading import load_run
+from slimtune.app.train import train
+from slimtune.app.verify import verify
+from slimtune.compress import describe_structures
+from tinyrun import events, image_config, same, text_config
+
+pytest.importorskip("transformers")
+
+SWITCH = 5
+
+
+class Halve(st.Controller):
+    """After step 5 every layer it is given is factorised at half its break-even rank."""
+
+    replaces = True
+
+    def __init__(self, share=0.5, targets=None, total_steps=None):
+        self.share, self.targets, self.total_steps, self.done, self.ranks = share, targets, total_steps, 0, {}
+
+    def begin(self, model, optimizer):
+        self._optimizer = optimizer
+        held = {name: entry["options"]["rank"] for name, entry in describe_structures(model).items()}
+        assert held == self.ranks  # shaped before it is put back
+
+    def after_step(self, model):
+        self.done += 1
+        if self.done == SWITCH:
+            names = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+            names = [n for n in names if self.targets is None or n in self.targets]
+            largest = {layer.name: layer.largest for layer in st.factorize(model, dict.fromkeys(names, 10**6)).layers}
+            wanted = {name: max(1, int(self.share * most)) for name, most in largest.items()}
+            report = st.factorize(model, wanted, optimizer=self._optimizer)
+            self.ranks = {layer.name: layer.rank for layer in report.layers if not layer.kept}
+
+    def note(self):
+        return {"ranks": dict(self.ranks)} if self.done == SWITCH else None
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch):
+    monkeypatch.setattr("slimtune.app.report.write_report", lambda run: None)
+
+
+@pytest.fixture
+def halve(monkeypatch):
+    monkeypatch.setitem(whole.WHOLE, "halve", whole.Whole("every weight", "Halve"))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return tinyrun.make_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return tinyrun.make_text(tmp_path_factory.mktemp("text") / "text.jsonl")
+
+
+def images(folder, **changes):
+    options = {"method": "halve", "method_options": {}, "target_modules": None, "modules_to_save": None}
+    return image_config(folder, **{**options, "save_steps": 1, "save_total_limit": 20, **changes})
+
+
+def cut(run: Path, to: Path, step: int) -> None:
+    """Copy a run as it was when it was killed just after `step`."""
+    to.mkdir()
+    shutil.copy(run / "config.yaml", to)
+    for path in checkpoint.checkpoints(run):
+        if checkpoint.step_of(path) <= step:
+            shutil.copytree(path, to / path.name)
+    lines = (run / "events.jsonl").read_text().splitlines(keepends=True)
+    (to / "events.jsonl").write_text("".join(e for e in lines if json.loads(e)["step"] <= step and '"end"' not in e))
+
+
+def resumes(cfg, folder, steps):
+    """Assert that a run continued after each of `steps` ends in the bits, ranks and scores of one without a break."""
+    straight = Path(cfg.output_dir)
+    result = train(cfg)
+    ranks = json.loads((straight / "ranks.json").read_text())
+    for step in steps:
+        run = folder / f"from-{step}"
+        cut(straight, run, step)
+        again = train(cfg.model_copy(update={"output_dir": str(run)}))
+        same(straight, run)
+        assert json.loads((run / "ranks.json").read_text()) == ranks
+        assert again.metrics["validation"] == result.metrics["validation"]
+        for key in ("trainable_parameters", "trainable_parameters_at_start", "total_parameters"):
+            assert again.metrics[key] == result.metrics[key]
+    return result, ranks
+
+
+def test_resume_is_exact_around_the_switch(halve, tmp_path):
+    cfg = images(tmp_path)
+    result, ranks = resumes(cfg, tmp_path, [SWITCH - 1, SWITCH, SWITCH + 1, 10])
+    assert result.metrics["trainable_parameters"] == sum(row["parameters"] for row in ranks)
+    assert result.metrics["trainable_parameters"] < result.metrics["trainable_parameters_at_start"]
+    assert {row["name"]: row["rank"] for row in ranks if row["rank"]} == events(tmp_path / "run", "ranks")[-1]["ranks"]
+
+
+@pytest.mark.parametrize("best", [SWITCH - 1, SWITCH, SWITCH + 2])
+def test_the_best_weights_are_kept_in_their_shape(halve, tmp_path, monkeypatch, best):
+    """From before the switch the model is dense again, from after it factorised at the same ranks."""
+    from slimtune.app.callbacks import Run
+
+    original = Run.on_evaluate
+
+    def scored(self, args, state, control, metrics=None, **rest):
+        found = {**metrics, "eval_accuracy": 1.0 if state.global_step == best else 0.5}
+        original(self, args, state, control, found, **rest)
+
+    monkeypatch.setattr(Run, "on_evaluate", scored)
+    cfg = images(tmp_path, max_steps=8, eval_steps=1, save_total_limit=2, load_best_model_at_end=True)
+    result = train(cfg)
+    run = Path(cfg.output_dir)
+    losses = {e["step"]: e["loss"] for e in events(run, "eval")}
+    assert result.metrics["best_step"] == best
+    assert result.metrics["validation"]["loss"] == pytest.approx(losses[best], rel=1e-6)
+    ranks = {row["name"]: row["rank"] for row in json.loads((run / "ranks.json").read_text())}
+    assert any(ranks.values()) == (best >= SWITCH)
+    dense = result.metrics["trainable_parameters"] == result.metrics["trainable_parameters_at_start"]
+    assert dense == (best < SWITCH)
+    loaded = load_run(run)
+    assert bool(describe_structures(loaded.model)) == (best >= SWITCH)
+    report = verify(run)
+    assert report.ok, report
+
+
+def test_groups_of_a_factorised_model_are_those_that_training_had(tmp_path):
+    """The optimizer's state is put back by place: a model shaped anew has its parameters in the same ones."""
+    torch.manual_seed(0)
+    made = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(24, 8), nn.Linear(8, 2)]
+    model = nn.Sequential(*made)
+    optimizer = torch.optim.AdamW(st.param_groups(model, lr=1e-3, weight_decay=0.1))
+    model(torch.randn(2, 3, 6, 6)).sum().backward()
+    optimizer.step()
+    st.factorize(model, {"2": 2, "4": 3}, optimizer=optimizer)
+    names = {id(p): name for name, p in model.named_parameters()}
+    before = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    after = [[names[id(p)] for p in group["params"]] for group in st.param_groups(model, lr=1e-3, weight_decay=0.1)]
+    assert before == after and sum(map(len, after)) == len(names)
+
+
+CLASHES = {
+    "budget": ({"budget": 100}, "budget: method halve has no adapter that would read it"),
+    "b_ratio": ({"b_ratio": 2.0}, "b_ratio: method halve has no adapter"),
+    "saved": ({"modules_to_save": ["6"]}, "modules_to_save: method halve saves every module"),
+}
+
+
+@pytest.mark.parametrize("case", CLASHES)
+def test_settings_that_nothing_reads_are_refused(halve, tmp_path, case):
+    changes, said = CLASHES[case]
+    with pytest.raises(ValueError, match=said):
+        images(tmp_path, **changes)
+
+
+def test_what_the_method_cannot_take_is_refused_before_anything_is_written(halve, tmp_path):
+    for changes, said in (
+        ({"method_options": {"shares": 1}}, "Halve has no option 'shares'"),
+        ({"exclude_modules": ["6"]}, "exclude_modules: method halve acts on every layer that it can"),
+        ({"target_modules": ["9"]}, "'9' matches nothing"),
+        ({"torch_compile": True}, "torch_compile: method halve puts new parameters"),
+    ):
+        with pytest.raises(ValueError, match=said) as caught:
+            train(images(tmp_path, **changes))
+        assert caught.value.exit_code == 2
+        assert not list(tmp_path.glob("run/*"))
+
+
+def test_targets_are_the_layers_named(halve, tmp_path):
+    cfg = images(tmp_path, target_modules=["6"], max_steps=6)
+    train(cfg)
+    ranks = {row["name"]: row["rank"] for row in json.loads((tmp_path / "run" / "ranks.json").read_text())}
+    assert [name for name, rank in ranks.items() if rank] == ["6"]
+    assert cfg.resolved()["target_modules"] == ["6"] and images(tmp_path).resolved()["target_modules"] is None
+    again = type(cfg)(**images(tmp_path).resolved())
+    assert again == images(tmp_path)
+    with pytest.raises(ValueError, match="target_modules: expected text or a list"):
+        image_config(tmp_path, target_modules=None)
