@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shlex
-from collections.abc import Iterable, Sequence
-from datetime import datetime, timezone
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from slimtune.app import plots
+from slimtune.app.page import (
+    figure_card,
+    in_bytes,
+    in_percent,
+    in_time,
+    in_units,
+    page,
+    score_card,
+    settings_card,
+    shortened,
+    table_of,
+    tiles_row,
+)
 from slimtune.app.record import Record, metric_value, number, read_record
-from slimtune.app.verdict import Score, Verdict, judge, say
+from slimtune.app.verdict import Verdict, judge, say
 from slimtune.errors import ConfigError, SlimtuneError
 
 STATES = {  # state -> (words, colour class, what it means)
@@ -62,14 +71,13 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def _page(record: Record, verdict: Verdict) -> str:
-    style = (files("slimtune.app") / "report.css").read_text(encoding="utf-8")
     body = "\n".join(
         part
         for part in (
             _header(record, verdict),
             _problems(record),
             _tiles(record),
-            _scores(verdict),
+            score_card(verdict),
             _plots(record, verdict.metric),
             _evaluations(record, verdict.metric),
             _ranks(record),
@@ -80,16 +88,7 @@ def _page(record: Record, verdict: Verdict) -> str:
         )
         if part
     )
-    now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
-        'img-src data:">\n<link rel="icon" href="data:,">\n'
-        f"<title>{escape(_title(record))}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n{body}\n"
-        f"<footer>Written by slimtune, {now}, from the files of this run folder.</footer>\n"
-        "</main>\n</body>\n</html>\n"
-    )
+    return page(_title(record), body, "from the files of this run folder")
 
 
 def _title(record: Record) -> str:
@@ -102,7 +101,7 @@ def _header(record: Record, verdict: Verdict) -> str:
     config = record.config
     model = config.get("model_name_or_path") or config.get("model_factory")
     about = [record.path.resolve().name, config.get("task"), model, config.get("dataset_name")]
-    eyebrow = "".join(f"<span>{escape(_short(item))}</span>" for item in about if item)
+    eyebrow = "".join(f"<span>{escape(shortened(item))}</span>" for item in about if item)
     lines = [meaning, *verdict.details]
     sub = "".join(f'<p class="sub">{escape(line)}</p>' for line in lines if line)
     return (
@@ -126,7 +125,7 @@ def _tiles(record: Record) -> str:
     trainable, total = number(m.get("trainable_parameters")), number(m.get("total_parameters"))
     tiles: list[tuple[str, str, str]] = []
     if trainable is not None:
-        share = f"{_percent(trainable / total)} of {_count(total)}" if total else ""
+        share = f"{in_percent(trainable / total)} of {in_units(total)}" if total else ""
         start = number(m.get("trainable_parameters_at_start"))
         if start is not None and start != trainable:
             share += f"{'; ' if share else ''}{start:,.0f} at the start"
@@ -135,26 +134,20 @@ def _tiles(record: Record) -> str:
         whose = "as given" if record.config.get("learning_rate") else "the method's own"
         tiles.append(("Learning rate", f"{rate:g}", whose))
     if (size := number(m.get("adapter_bytes"))) is not None:
-        tiles.append(("File", _bytes(size), f"{size:,.0f} bytes"))
+        tiles.append(("File", in_bytes(size), f"{size:,.0f} bytes"))
     if (seconds := number(m.get("train_runtime"))) is not None:
         each = number(m.get("seconds_per_step"))
-        tiles.append(("Training time", _duration(seconds), f"{each:.3g} s per step" if each else ""))
+        tiles.append(("Training time", in_time(seconds), f"{each:.3g} s per step" if each else ""))
     looked = m.get("calibration")
     if isinstance(looked, dict) and (seconds := number(looked.get("seconds"))) is not None:
         batches = number(looked.get("batches"))
-        tiles.append(("Calibration", _duration(seconds), f"{batches:,.0f} batches" if batches else ""))
+        tiles.append(("Calibration", in_time(seconds), f"{batches:,.0f} batches" if batches else ""))
     steps = number(m.get("steps")) or float(record.step)
     if steps:
         tiles.append(("Steps", f"{steps:,.0f}", _epochs(record)))
     if (peak := number(m.get("peak_memory_bytes"))) is not None:
-        tiles.append(("Peak memory", _bytes(peak), "of the process" if m.get("device", "cpu") == "cpu" else ""))
-    if not tiles:
-        return ""
-    cells = "".join(
-        f'<div class="card tile"><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(note)}</small></dd></div>'
-        for name, value, note in tiles
-    )
-    return f'<dl class="tiles">{cells}</dl>'
+        tiles.append(("Peak memory", in_bytes(peak), "of the process" if m.get("device", "cpu") == "cpu" else ""))
+    return tiles_row(tiles)
 
 
 def _epochs(record: Record) -> str:
@@ -166,58 +159,11 @@ def _epochs(record: Record) -> str:
     return f"{epoch * (number(record.metrics.get('steps')) or record.step) / step:.3g} epochs"
 
 
-def _scores(verdict: Verdict) -> str:
-    if not verdict.scores:
-        return ""
-    low, high = _scale(verdict.scores)
-    rows = "".join(_score(score, low, high) for score in verdict.scores)
-    ends = f"<span>{low:.4g}</span><span>{high:.4g}</span>"
-    scale = f'<div class="score"><span class="scale">{ends}</span></div>'
-    metric = f"{verdict.metric}, with 95 % intervals" if any(s.ends for s in verdict.scores) else verdict.metric
-    return f'<h2>Score</h2>\n<div class="card scores"><p class="sub">{escape(metric or "")}</p>{rows}{scale}</div>'
-
-
-def _scale(scores: Sequence[Score]) -> tuple[float, float]:
-    """Ends of a scale that holds every interval: whole tenths for scores, else 5 % of room on both sides."""
-    values = [v for s in scores for v in (s.value, *(s.ends or ()))]
-    low, high = min(values), max(values)
-    if low >= -1 and high <= 1:
-        return math.floor(10 * low - 0.2) / 10, math.ceil(10 * high + 0.2) / 10
-    room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
-    return low - room, high + room
-
-
-def _score(score: Score, low: float, high: float) -> str:
-    def place(value: float) -> float:
-        return 100 * (value - low) / (high - low)
-
-    band = text = ""
-    if score.ends:
-        start, end = (place(v) for v in score.ends)
-        band = f'<span class="range" style="left:{start:.2f}%;width:{end - start:.2f}%"></span>'
-        text = f' <span class="sub">({say(score.ends[0])} to {say(score.ends[1])})</span>'
-    n = f' <span class="sub">n = {score.n:,}</span>' if score.n else ""
-    return (
-        f'<div class="score"><span>{escape(score.name)}{n}</span>'
-        f'<span class="track">{band}<span class="dot" style="left:{place(score.value):.2f}%"></span></span>'
-        f"<span><b>{say(score.value)}</b>{text}</span></div>"
-    )
-
-
-def _figure(record: Record, figure: plots.Figure) -> str:
-    """A card with one figure; empty where matplotlib is missing."""
-    try:
-        svg = plots.draw(figure, record.path / "plots" / f"{figure.name}.png")
-    except ImportError:
-        return ""
-    return f'<figure class="card"><figcaption>{escape(figure.title)}</figcaption>{svg}</figure>'
-
-
 def _plots(record: Record, metric: str | None) -> str:
     wanted = plots.curves(record, metric)
     if not wanted:
         return ""
-    cards = "\n".join(_figure(record, figure) for figure in wanted).strip()
+    cards = "\n".join(figure_card(record.path, figure) for figure in wanted).strip()
     if not cards:
         return (
             '<h2>Curves</h2>\n<div class="card"><p class="sub">matplotlib is not installed, so there are tables only. '
@@ -240,7 +186,7 @@ def _evaluations(record: Record, metric: str | None) -> str:
     rows = [
         [f"{event['step']:,}", *(_cell(metric_value(event, name)) for name in names)] for event in record.evaluations
     ]
-    table = _table(["step", *names], rows, numeric=range(len(names) + 1))
+    table = table_of(["step", *names], rows, numeric=range(len(names) + 1))
     return f'<h2>Evaluations</h2>\n<div class="card scroll">{table}</div>'
 
 
@@ -254,7 +200,7 @@ def _cell(value: float | None) -> str:
 
 def _ranks(record: Record) -> str:
     """How ranks moved, where they did."""
-    cards = "\n".join(filter(None, (_figure(record, figure) for figure in plots.ranks(record))))
+    cards = "\n".join(filter(None, (figure_card(record.path, figure) for figure in plots.ranks(record))))
     return f'<h2>Ranks</h2>\n<div class="plots">\n{cards}\n</div>' if cards else ""
 
 
@@ -274,7 +220,7 @@ def _layers(record: Record) -> str:
         )
     head = '<tr><th>layer</th><th class="n">rank</th><th class="n">parameters</th><th></th></tr>'
     figure = plots.layers(record)
-    card = _figure(record, figure) if figure else ""
+    card = figure_card(record.path, figure) if figure else ""
     opened = " open" if len(record.ranks) <= 12 else ""
     total = sum(number(row.get("parameters")) or 0.0 for row in record.ranks)
     return (
@@ -296,10 +242,10 @@ def _timeline(record: Record) -> str:
     rows = []
     for event in events:
         now = number(event.get("time"))
-        after = "" if now is None or start is None else f"+{_duration(now - start)}"
+        after = "" if now is None or start is None else f"+{in_time(now - start)}"
         words = f"last of {len(saves)}: {_words(event)}" if event["kind"] == "save" else _words(event)
         rows.append([after, f"{event['step']:,}", str(event["kind"]), words])
-    table = _table(["time", "step", "event", ""], rows, numeric=(1,))
+    table = table_of(["time", "step", "event", ""], rows, numeric=(1,))
     return f'<h2>Timeline</h2>\n<div class="card scroll timeline">{table}</div>'
 
 
@@ -320,7 +266,7 @@ def _words(event: dict[str, Any]) -> str:
         if (value := event.get(key)) is not None:
             unit = key.removeprefix("max_").replace("_", " ")
             parts.append(str(value) if isinstance(value, str) else f"{value:,} {unit}" if number(value) else "")
-    return _short("; ".join(filter(None, parts)), 300)
+    return shortened("; ".join(filter(None, parts)), 300)
 
 
 def _use(record: Record) -> str:
@@ -351,34 +297,7 @@ def _use(record: Record) -> str:
 def _config(record: Record) -> str:
     if not record.config:
         return ""
-    rows = [[key, _value(value)] for key, value in record.config.items()]
-    body = "".join(
-        f'<tr><td class="name">{escape(str(key))}</td><td class="name">{escape(value)}</td></tr>' for key, value in rows
-    )
-    return (
-        '<h2>Configuration</h2>\n<details class="card"><summary>All '
-        f'{len(rows)} settings, as resolved</summary><div class="scroll"><table class="full">{body}</table></div>'
-        "</details>"
-    )
-
-
-def _value(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numeric: Iterable[int] = ()) -> str:
-    numeric = set(numeric)
-    marks = [' class="n"' if i in numeric else "" for i in range(len(head))]
-    first = "".join(f"<th{mark}>{escape(name)}</th>" for mark, name in zip(marks, head, strict=True))
-    body = "".join(
-        "<tr>" + "".join(f"<td{mark}>{escape(cell)}</td>" for mark, cell in zip(marks, row, strict=True)) + "</tr>"
-        for row in rows
-    )
-    return f"<table><tr>{first}</tr>{body}</table>"
+    return settings_card(record.config)
 
 
 def _place(record: Record) -> str:
@@ -387,35 +306,3 @@ def _place(record: Record) -> str:
     if isinstance(named, str) and Path(named).name == record.path.resolve().name:
         return named.rstrip("/")
     return str(record.path)
-
-
-def _short(value: Any, limit: int = 80) -> str:
-    text = str(value)
-    return text if len(text) <= limit else "…" + text[-limit + 1 :] if os.sep in text else text[: limit - 1] + "…"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"
-
-
-def _count(value: float) -> str:
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g} {letter}"
-    return f"{value:.0f}"
-
-
-def _bytes(value: float) -> str:
-    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.0f} B"
-
-
-def _duration(seconds: float) -> str:
-    whole = round(seconds)
-    if whole < 1:
-        return f"{max(seconds, 0):.1g} s"
-    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
-    parts = [(hours, "h"), (minutes, "min"), (rest, "s")]
-    return " ".join(f"{n} {unit}" for n, unit in [p for p in parts if p[0]][:2])
