@@ -13,7 +13,19 @@ from torch import Tensor
 from ..errors import StructureError
 from ..structures import GroupedLowRank, LowRank, SeparableKernel, Structure
 
-__all__ = ["FACTORS", "FORMS", "Factors", "Part", "Replacement", "factors", "in_form", "matrices", "thin", "thin_sizes"]
+__all__ = [
+    "FACTORS",
+    "FORMS",
+    "Factors",
+    "Part",
+    "Replacement",
+    "assembled",
+    "factors",
+    "in_form",
+    "matrices",
+    "thin",
+    "thin_sizes",
+]
 
 FORMS = ("channel", "spatial")
 
@@ -93,6 +105,21 @@ def matrices(part: Part, form: str = "channel") -> Tensor:
         h, w = part.kernel
         return part.W.view(O, -1, h, w).permute(1, 2, 0, 3).reshape(1, I // w, O * w)
     return part.W.view(part.groups, O // part.groups, I)
+
+
+def assembled(part: Part, M: Tensor, form: str = "channel") -> Tensor:
+    """The W (O, I) whose `matrices` are M (G, rows, columns).
+
+    Example:
+        >>> part = Part("conv", torch.randn(4, 18), kernel=(3, 3))
+        >>> torch.equal(assembled(part, matrices(part, "spatial"), "spatial"), part.W)
+        True
+    """
+    O, I = part.W.shape
+    if in_form(part, form) == "spatial":
+        h, w = part.kernel
+        return M.reshape(I // (h * w), h, O, w).permute(2, 0, 1, 3).reshape(O, I)
+    return M.reshape(O, I)
 
 
 def thin(part: Part, left: Tensor, right: Tensor, form: str = "channel") -> Structure:
