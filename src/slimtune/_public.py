@@ -18,6 +18,7 @@ from . import (
 from .app.convert import convert
 from .compositions import *
 from .compress import Factorized, FactorizeReport, expand, factorize
+from .compressed import CompressedWriter, Expanded, load_compressed, save_compressed, save_expanded
 from .controllers import *
 from .conversion import ConversionReport, LayerConversion, to_lora
 from .errors import (
@@ -36,6 +37,7 @@ from .groups import param_groups
 from .io import load, save
 from .merging import LayerError, MergeReport, merge, merged
 from .models import *
+from .oneshot import LordLayer, LordReport, lord
 from .peft_format import export_peft, import_peft
 from .ranks import compact, resize
 from .recipe import Recipe
@@ -54,15 +56,19 @@ from .verbs import (
 
 __all__ = [
     "AdapterNameError",
+    "CompressedWriter",
     "ConfigError",
     "ConversionReport",
     "DataError",
     "DivergenceError",
+    "Expanded",
     "FactorizeReport",
     "Factorized",
     "FileFormatError",
     "LayerConversion",
     "LayerError",
+    "LordLayer",
+    "LordReport",
     "MergeReport",
     "Recipe",
     "SlimtuneError",
@@ -89,6 +95,8 @@ __all__ = [
     "initialize",
     "io",
     "load",
+    "lord",
+    "load_compressed",
     "merge",
     "merged",
     "models",
@@ -98,6 +106,8 @@ __all__ = [
     "remove",
     "resize",
     "save",
+    "save_compressed",
+    "save_expanded",
     "summary",
     "to_lora",
     "trainable_parameters",

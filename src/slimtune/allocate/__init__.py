@@ -11,15 +11,28 @@ from .adapters import (
     gora,
     with_ranks,
 )
+from .compression import Foreseeing, Price, fixed, parameters, price, prices, tail, uniform
+from .sweep import Sensitivity, sensitivity, type_of
 
 __all__ = [
     "ALLOCATORS",
     "ESTIMATES",
     "MEASURES",
     "Allocator",
+    "Foreseeing",
+    "Price",
+    "Sensitivity",
     "budget",
     "check_allocation",
     "eva",
+    "fixed",
     "gora",
+    "parameters",
+    "price",
+    "prices",
+    "sensitivity",
+    "tail",
+    "type_of",
+    "uniform",
     "with_ranks",
 ]

@@ -66,9 +66,9 @@ class afm:
 
     B = U_R, A = U_R^T W and b' = b + (1 - U_R U_R^T) E[W x], U_R the leading eigenvectors of Cov(y) = W C W^T. No map
     of rank R has less E|y - y'|^2, which is the sum of the eigenvalues beyond R; the mean output is met exactly.
-    Kaushal et al. 2023, "LORD", arXiv 2309.14021, after Yu and Wu 2023, "Compressing transformers: features are low-rank, but
-    weights are not". From moments of the inputs U_R are left singular vectors of W Q sqrt(omega), C = Q diag(omega)
-    Q^T: the same projector, nothing is inverted, and C may be singular.
+    Kaushal et al. 2023, "LORD", arXiv 2309.14021, after Yu and Wu 2023, "Compressing transformers: features are
+    low-rank, but weights are not". From moments of the inputs U_R are left singular vectors of W Q sqrt(omega),
+    C = Q diag(omega) Q^T: the same projector, nothing is inverted, and C may be singular.
 
     Args:
         moments: {layer: what `st.calibrate.moments` keeps}.
