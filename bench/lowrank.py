@@ -59,7 +59,7 @@ class Network:
     seeds: tuple[int, ...] = SEEDS
 
 
-FINE_TUNING = ("full", "trp", "trp-nuclear", "trp-spatial", "before", "cuttlefish")
+FINE_TUNING = ("full", "trp-nuclear", "trp", "trp-prox", "trp-spatial", "before", "cuttlefish")
 NETWORKS = {
     "resnet20": Network(3, 624, "resnet20_cifar10.safetensors", 0.02, FINE_TUNING),
     "resnet56": Network(9, 156, "resnet56_cifar10.safetensors", 0.02, FINE_TUNING),
@@ -82,22 +82,21 @@ class Run:
 def runs() -> dict[str, Run]:
     """By name; a run that refers to another comes after it."""
 
-    def trp(form: str, tail: float, weight: float) -> Callable[[int], Any]:
-        return lambda steps: st.TRP(targets=CONVOLUTIONS, form=form, tail=tail, weight=weight)
+    def trp(**options: Any) -> Callable[[int], Any]:
+        return lambda steps: st.TRP(targets=CONVOLUTIONS, tail=0.05, factorize=True, **options)
+
+    def cuttlefish(**options: Any) -> Callable[[int], Any]:
+        return lambda steps: st.Cuttlefish(prefix=0, multiple=1, total_steps=steps, **options)
 
     return {
         "full": Run("every weight, dense"),
-        "trp": Run("TRP, channel", trp("channel", 0.05, 0.0)),
-        "trp-nuclear": Run("TRP + nuclear, channel", trp("channel", 0.05, 3e-4)),
-        "trp-spatial": Run("TRP + nuclear, spatial", trp("spatial", 0.05, 3e-4)),
+        "trp": Run("TRP without penalty, channel", trp(weight=0.0)),
+        "trp-nuclear": Run("TRP, channel", trp()),
+        "trp-prox": Run("TRP, proximal steps, channel", trp(penalty="prox", weight=0.3)),
+        "trp-spatial": Run("TRP, spatial", trp(form="spatial")),
         "before": Run("SVD first, then trained, channel", before=("channel", "trp-nuclear")),
-        "cuttlefish": Run(
-            "Cuttlefish, ranks by energy",
-            lambda steps: st.Cuttlefish(targets=CONVOLUTIONS, rule="energy", total_steps=steps),
-        ),
-        "cuttlefish-scratch": Run(
-            "Cuttlefish", lambda steps: st.Cuttlefish(targets=CONVOLUTIONS, period=78, total_steps=steps)
-        ),
+        "cuttlefish": Run("Cuttlefish, ranks by energy", cuttlefish(targets=CONVOLUTIONS, rule="energy")),
+        "cuttlefish-scratch": Run("Cuttlefish", cuttlefish(targets=r"layer[23]\.\d+\.conv\d$", period=78)),
         "pufferfish": Run("a quarter of every rank after a fifth of the steps (Pufferfish)", during=(0.2, 0.25)),
     }
 
