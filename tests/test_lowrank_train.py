@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import slimtune as st
@@ -15,7 +16,8 @@ from slimtune.app.loading import load_run
 from slimtune.app.train import train
 from slimtune.app.verify import verify
 from slimtune.compress import describe_structures
-from tinyrun import events, image_config, same, text_config
+from slimtune.compressed import is_compressed
+from tinyrun import events, image_config, text_config
 
 pytest.importorskip("transformers")
 
@@ -83,6 +85,22 @@ def cut(run: Path, to: Path, step: int) -> None:
             shutil.copytree(path, to / path.name)
     lines = (run / "events.jsonl").read_text().splitlines(keepends=True)
     (to / "events.jsonl").write_text("".join(e for e in lines if json.loads(e)["step"] <= step and '"end"' not in e))
+
+
+def weights(run: Path):
+    """Every tensor of the model that a run kept."""
+    found = {}
+    for file in sorted((run / "model").glob("*.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+def same(a: Path, b: Path) -> None:
+    """Assert that two finished runs have the same bits."""
+    left, right = weights(a), weights(b)
+    assert left.keys() == right.keys() and left
+    for key in left:
+        assert torch.equal(left[key], right[key]), key
 
 
 def resumes(cfg, folder, steps):
@@ -190,3 +208,32 @@ def test_targets_are_the_layers_named(halve, tmp_path):
     assert again == images(tmp_path)
     with pytest.raises(ValueError, match="target_modules: expected text or a list"):
         image_config(tmp_path, target_modules=None)
+
+
+METHODS = {  # options, steps before, at and after what happens, {layers in the end}
+    "trp": ({"period": 4, "tail": 0.2}, [3, 4, 12]),
+    "trp-prox": ({"period": 3, "tail": 0.1, "penalty": "prox", "weight": 0.1, "momentum": True}, [2, 7]),
+    "cuttlefish": (
+        {"rule": "energy", "keep": 0.5, "prefix": 0, "latest": 0.4, "multiple": 2, "period": 2},
+        [1, 3, 4, 5, 12],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", METHODS)
+def test_methods_resume_exactly(case, llama, text, tmp_path):
+    options, steps = METHODS[case]
+    method, run = case.partition("-")[0], tmp_path / "run"
+    cfg = text_config(llama, text, run, method=method, method_options=options, target_modules="all-linear")
+    result, ranks = resumes(cfg, tmp_path, steps)
+    kept = {row["name"]: row["rank"] for row in ranks if row["rank"] is not None}
+    assert kept and all(row["start_rank"] == 16 and row["rank"] < 8 for row in ranks if row["rank"] is not None)
+    told = events(run, "ranks")
+    assert kept.items() <= told[-1]["ranks"].items()
+    assert told[0]["step"] == {"trp": 0, "cuttlefish": 4}[method]
+    assert result.metrics["total_parameters"] == sum(row["parameters"] for row in ranks)
+    assert is_compressed(run / "model")
+    loaded = load_run(run)
+    assert {name: entry["options"]["rank"] for name, entry in describe_structures(loaded.model).items()} == kept
+    report = verify(run)
+    assert report.ok, report

@@ -35,6 +35,8 @@ class Run(TrainerCallback):
             # not before training: an evaluation would mark the model as prepared, and DDP would leave it alone
             self.trainer.run_state["base"] = self.measure_base()
         self.trainer.attach_controllers(self.trainer.run_state.get("controllers", {}))
+        if not state.global_step and not (self.trainer.run_state.get("start") or {}).get("ranks"):
+            self._write_notes(0)  # ranks that attaching gave whole weights
         self.trainer.stop.deferred = True
         window = self.trainer.run_state.get("window")
         if window:  # the loss since the last log line, which a resumed run would otherwise forget

@@ -20,6 +20,8 @@ from slimtune.app.setup import write_text
 from slimtune.app.tasks import Task
 from slimtune.app.trainer import SlimTrainer
 from slimtune.app.weights import ADAPTER, save_weights
+from slimtune.compress import structured_layers
+from slimtune.compressed import save_compressed
 from slimtune.errors import SlimtuneError
 
 
@@ -113,13 +115,19 @@ def report(run: Path) -> Path | None:
 
 
 def _save_model(trainer: SlimTrainer, task: Task, final: Path) -> int:
-    """The whole model, sealed: as transformers stores it, or one safetensors file. Returns the weights' bytes."""
+    """The whole model, sealed: compressed where layers hold structures, else as transformers stores it, or one
+    safetensors file. Returns the weights' bytes."""
     with checkpoint.failing_clearly(final, final.parent):
         folder = checkpoint.prepare(final)
-        if hasattr(trainer.model, "save_pretrained"):
+        tokenizer = task.processing if hasattr(task.processing, "save_pretrained") else None
+        if structured_layers(trainer.model):
+            save_compressed(
+                trainer.model, folder, processing=tokenizer, facts={"method": trainer.run_state["config"]["method"]}
+            )
+        elif hasattr(trainer.model, "save_pretrained"):
             trainer.model.save_pretrained(folder)
-            if hasattr(task.processing, "save_pretrained"):
-                task.processing.save_pretrained(folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
         else:
             save_weights(trainer.model, folder, False, [""])
         checkpoint.seal(folder, trainer.state.global_step)

@@ -65,9 +65,9 @@ def find(path: str | Path) -> Place:
     if not folder.is_dir():
         raise ConfigError(f"no such folder: {folder}")
     if (folder / "config.yaml").is_file():
-        for kind, name, file in (("adapter", "adapter", TENSORS), ("model", "model", "model.safetensors")):
-            if (folder / name / file).is_file():
-                return Place(kind, folder / name, folder)
+        for kind, tensors in (("adapter", TENSORS), ("model", "*.safetensors")):
+            if any((folder / kind).glob(tensors)):
+                return Place(kind, folder / kind, folder)
         raise ConfigError(f"{folder}: a run without a result: no adapter/ and no model/ in it yet")
     run = next((p for p in folder.resolve().parents[:2] if _is_run(p)), None)
     if (folder / TENSORS).is_file():
@@ -153,6 +153,7 @@ def _run_base(record: Record, config: TrainConfig, trained: Path | None) -> Base
     from slimtune.app import checkpoint
     from slimtune.app.tasks import build_base
     from slimtune.app.weights import load_weights
+    from slimtune.compressed import is_compressed, load_compressed
 
     labels = record.labels if config.task in ("classify", "image-classify") else None
     if config.task in ("classify", "image-classify") and labels is None:
@@ -163,7 +164,10 @@ def _run_base(record: Record, config: TrainConfig, trained: Path | None) -> Base
         raise FileFormatError(f"{trained}: {'; '.join(problems)}")
     if config.model_factory:
         base = build_base(config, labels)
-        load_weights(base.model, trained, False, [""])
+        if is_compressed(trained):
+            load_compressed(trained, base.model)
+        else:
+            load_weights(base.model, trained, False, [""])
         return base
     base = build_base(config.model_copy(update={"model_name_or_path": str(trained)}), labels)
     if base.fresh:

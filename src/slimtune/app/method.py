@@ -131,7 +131,10 @@ def _controllers(cfg: TrainConfig, kind: Whole, model: nn.Module) -> dict[str, d
     """{class name: options} of a whole-model method's controller, the layers it is to act on among them."""
     if kind.controller is None:
         return {}
-    known, options = inspect.signature(subclasses(Controller)[kind.controller]).parameters, dict(cfg.method_options)
+    known, options = (
+        inspect.signature(subclasses(Controller)[kind.controller]).parameters,
+        {**kind.defaults, **cfg.method_options},
+    )
     layers = {"targets": ("target_modules", cfg.target_modules), "exclude": ("exclude_modules", cfg.exclude_modules)}
     for option, (key, value) in layers.items():
         if not value:
@@ -139,7 +142,7 @@ def _controllers(cfg: TrainConfig, kind: Whole, model: nn.Module) -> dict[str, d
         if option not in known:
             raise ConfigError(f"{key}: method {cfg.method} acts on every layer that it can; remove it")
         options[option] = value
-    if cfg.target_modules:
+    if isinstance(cfg.target_modules, list):
         select(model, cfg.target_modules, cfg.exclude_modules)  # raises now, not at the first step
     return {kind.controller: options}
 
@@ -238,8 +241,9 @@ def start_of(model: nn.Module, method: Method) -> dict[str, Any]:
 
 def trained_rows(model: nn.Module, method: Method, start: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Per adapted layer or module trained in full: name, rank (now and at the start), parameters. The table of
-    ranks.json."""
+    ranks.json. A layer that was factorised had full rank."""
     found: dict[str, tuple[int | None, int]]
+    full = {} if method.recipe else {name: full_rank(layer) for name, layer in structured_layers(model).items()}
     if method.recipe:
         found = {row.name: (row.rank, row.parameters) for row in st.summary(model).rows}
     elif method.whole == [""] and structured_layers(model):
@@ -248,7 +252,7 @@ def trained_rows(model: nn.Module, method: Method, start: Mapping[str, Any]) -> 
         parts = {name: model.get_submodule(name) for name in method.whole if name} or dict(model.named_children())
         found = {name: (None, sum(p.numel() for p in part.parameters())) for name, part in parts.items()}
     return [
-        {"name": name, "rank": rank, "start_rank": start["ranks"].get(name), "parameters": count}
+        {"name": name, "rank": rank, "start_rank": start["ranks"].get(name, full.get(name)), "parameters": count}
         for name, (rank, count) in found.items()
     ]
 
@@ -257,6 +261,18 @@ def rank_of(layer: nn.Module) -> int | None:
     """The rank of the structure in a layer's weight's place, if it has one."""
     rank = getattr(getattr(layer, "structure", None), "rank", None)
     return rank if isinstance(rank, int) else None
+
+
+def full_rank(layer: nn.Module) -> int | None:
+    """The largest rank that a layer factorised into two can have: the smaller side of its matrices."""
+    structure: Any = layer.structure
+    dims = {
+        name: p.shape[dim] for name, dim in structure.rank_dims.items() if (p := getattr(structure, name)) is not None
+    }
+    if len(dims) != 2:
+        return None
+    groups = structure.options().get("groups", 1)
+    return min(int(getattr(structure, name).numel()) // (rank * groups) for name, rank in dims.items())
 
 
 def _leaves(model: nn.Module) -> dict[str, tuple[int | None, int]]:

@@ -58,7 +58,7 @@ def whole_methods() -> list[MethodInfo]:
             found.append(MethodInfo(name, text, "", [], kind.learning_rate, []))
             continue
         formula, source, options = _documented(classes[kind.controller])
-        own = [option for option in options if option[0] not in GIVEN]
+        own = [(n, str(kind.defaults.get(n, default)), what) for n, default, what in options if n not in GIVEN]
         parts = [("controllers", kind.controller), ("trains", text)]
         found.append(MethodInfo(name, formula.rstrip("."), source, own, kind.learning_rate, parts))
     return found

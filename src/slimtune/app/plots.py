@@ -31,6 +31,8 @@ class Curve:
     dashed: bool = False
     held: bool = False
     """A value holds until the next one."""
+    weight: float = 1.0
+    """How strong its colour is, from 0 to 1."""
 
 
 @dataclass
@@ -45,7 +47,7 @@ class Grid:
 
 @dataclass
 class Figure:
-    """A figure before it is drawn: curves against the step and dashed horizontal levels with their labels, or a map."""
+    """A figure before it is drawn: curves against the step and dashed levels with their labels, or a map."""
 
     name: str
     title: str
@@ -53,8 +55,12 @@ class Figure:
     levels: list[tuple[float, str]] = field(default_factory=list)
     log: bool = False
     bars: bool = False
+    below: bool = False
+    """The legend below the axes."""
     x_label: str = "step"
     grid: Grid | None = None
+    moments: list[tuple[float, str]] = field(default_factory=list)
+    """Dashed vertical lines at steps at which something happened, with their labels."""
 
 
 def curves(record: Record, metric: str | None) -> list[Figure]:
@@ -134,6 +140,29 @@ def ranks(record: Record) -> list[Figure]:
     return found
 
 
+def stable_ranks(record: Record) -> Figure | None:
+    """The stable ranks that layers were watched by, and the step at which they were factorised."""
+    history, chosen = record.stable_ranks()
+    history = {name: series for name, series in history.items() if len(series[0]) > 1}
+    if not history:
+        return None
+    names, last = list(history), len(history) - 1
+    if len(names) <= FEW:
+        styles = [(color, dashed) for dashed in (False, True) for color in (FIRST, SECOND)]
+        lines = [
+            Curve(*history[name], _tail(name, 48), color, dashed=dashed)
+            for name, (color, dashed) in zip(names, styles, strict=False)
+        ]
+    else:
+        ends = {0: f"{_tail(names[0], 40)} (first)", last: f"{_tail(names[last], 40)} (last)"}
+        lines = [
+            Curve(*history[name], ends.get(i, ""), faint=i not in ends, weight=0.25 + 0.75 * i / last)
+            for i, name in enumerate(names)
+        ]
+    moments = [] if chosen is None else [(float(chosen), "factorised")]
+    return Figure("stable_ranks", "Stable rank of each layer over training", lines, below=True, moments=moments)
+
+
 def _grid(steps: Sequence[int], history: Mapping[str, Sequence[int]]) -> Grid:
     """The map of a history: its own steps as columns or, where they are too many, evenly spaced ones, each with the
     ranks at its end."""
@@ -203,7 +232,8 @@ def draw(figure: Figure, png: Path | None = None) -> str:
 
 def _height(figure: Figure) -> float:
     rows = len(figure.grid.names) if figure.grid else 0
-    below = 0.2 * len(figure.curves) if any(curve.held and curve.label for curve in figure.curves) else 0.0
+    labels = [curve for curve in figure.curves if curve.label and (figure.below or curve.held)]
+    below = 0.2 * len(labels) + (0.2 if figure.below and figure.moments else 0.0)
     return min(max(HEIGHT, 0.9 + (0.2 if rows <= NAMED else 0.05) * rows), 2 * HEIGHT) + below
 
 
@@ -224,6 +254,7 @@ def _draw_curves(axes: Any, figure: Figure) -> None:
                 curve.y,
                 color=curve.color,
                 linewidth=1.0 if curve.faint else 2.0,
+                alpha=curve.weight,
                 linestyle=(0, (3, 2)) if curve.dashed else "-",
                 drawstyle="steps-post" if curve.held else "default",
                 marker="o" if curve.marks else None,
@@ -232,14 +263,16 @@ def _draw_curves(axes: Any, figure: Figure) -> None:
             )
     for level, label in figure.levels:
         axes.axhline(level, color=INK, linewidth=1.2, linestyle=(0, (4, 3)), label=label)
+    for step, label in figure.moments:
+        axes.axvline(step, color=INK, linewidth=1.2, linestyle=(0, (4, 3)), label=label)
     if figure.log:
         axes.set_yscale("log")
     else:
         whole = figure.bars or any(curve.held for curve in figure.curves)
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=whole))
         axes.yaxis.set_major_formatter(_tick)
-    if any(curve.label for curve in figure.curves) or figure.levels:
-        filled = figure.bars or any(curve.held for curve in figure.curves)  # no room inside
+    if any(curve.label for curve in figure.curves) or figure.levels or figure.moments:
+        filled = figure.below or figure.bars or any(curve.held for curve in figure.curves)  # no room inside
         style: dict[str, Any] = {"frameon": False, "labelcolor": INK, "fontsize": 10}
         if filled:
             legend = axes.figure.legend(loc="outside lower left", ncols=2 if figure.bars else 1, **style)

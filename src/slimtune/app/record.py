@@ -25,6 +25,8 @@ class Record:
     logs: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     rank_events: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[dict[str, Any]] = field(default_factory=list)
+    """What controllers told beside ranks, such as stable ranks."""
     timeline: list[dict[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -86,6 +88,21 @@ class Record:
             history[name] = values
         return steps, history
 
+    def stable_ranks(self) -> tuple[dict[str, tuple[list[int], list[float]]], int | None]:
+        """({layer: (steps, stable ranks)}, the step after which layers got ranks by them, if one did)."""
+        found: dict[str, tuple[list[int], list[float]]] = {}
+        chosen = None
+        for event in sorted((*self.notes, *self.rank_events), key=lambda e: number(e["step"]) or 0.0):
+            told = event.get("stable_ranks")
+            for name, value in told.items() if isinstance(told, dict) else ():
+                if (value := number(value)) is not None:
+                    steps, values = found.setdefault(str(name), ([], []))
+                    steps.append(int(event["step"]))
+                    values.append(value)
+            if isinstance(told, dict) and isinstance(event.get("ranks"), dict) and event["ranks"]:
+                chosen = int(event["step"])
+        return found, chosen
+
     def series(self, key: str, events: list[dict[str, Any]] | None = None) -> tuple[list[float], list[float]]:
         """(steps, values) of the finite numbers logged under `key`, or under ``eval_`` + `key`."""
         steps, values = [], []
@@ -115,10 +132,13 @@ def read_record(run: str | Path) -> Record:
             record.logs = [e for e in record.logs if e["step"] <= step]
             record.evaluations = [e for e in record.evaluations if e["step"] <= step]
             record.rank_events = [e for e in record.rank_events if e["step"] <= step]
+            record.notes = [e for e in record.notes if e["step"] <= step]
         if kind == "log":
             record.logs.append(event)
         elif kind == "eval":
             record.evaluations.append(event)
+        elif kind == "note":
+            record.notes.append(event)
         elif kind == "ranks":
             record.rank_events.append(event)
         elif kind in TIMELINE:

@@ -199,8 +199,10 @@ def _cell(value: float | None) -> str:
 
 
 def _ranks(record: Record) -> str:
-    """How ranks moved, where they did."""
-    cards = "\n".join(filter(None, (figure_card(record.path, figure) for figure in plots.ranks(record))))
+    """How ranks moved, where they did, and the stable ranks that they were chosen by."""
+    watched = plots.stable_ranks(record)
+    figures = [*([watched] if watched else []), *plots.ranks(record)]
+    cards = "\n".join(filter(None, (figure_card(record.path, figure) for figure in figures)))
     return f'<h2>Ranks</h2>\n<div class="plots">\n{cards}\n</div>' if cards else ""
 
 

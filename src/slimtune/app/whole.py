@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-GIVEN = ("targets", "exclude", "total_steps")  # options of a controller that other settings of a run stand for
+GIVEN = ("targets", "exclude", "total_steps", "automatic")
+"""Keyword arguments of controllers that are no options of a run: it knows them by other settings, or by itself."""
 
 
 @dataclass(frozen=True)
@@ -20,17 +23,25 @@ class Whole:
             options are its keyword arguments, target_modules and exclude_modules its `targets` and `exclude`.
         everything: whether every weight trains, and not modules_to_save only.
         learning_rate: its own, for AdamW.
+        defaults: of options, where a run's are others than the class's.
     """
 
     about: str
     controller: str | None = None
     everything: bool = True
     learning_rate: float = 5e-5
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 WHOLE = {
     "full": Whole("every weight of the model is trained, without an adapter"),
     "head": Whole("only modules_to_save (the task head) are trained, without an adapter", None, False, 1e-3),
+    "trp": Whole(
+        "every weight is trained, at ranks that fall, and the layers are factorised in the end",
+        "TRP",
+        defaults={"factorize": True},
+    ),
+    "cuttlefish": Whole("every weight is trained, in layers that are factorised once their ranks stand", "Cuttlefish"),
 }
 
 
