@@ -137,7 +137,7 @@ class TRP(Controller):
         self._start: list[tuple[Matrix, Tensor, int]] = []
         if self.done == 0 and self.projected < 0:
             before = [(m, m.parameter.detach().clone()) for m in self._matrices]
-            self._project()
+            self._project(False)
             self._start = [(m, W, m.parameter._version) for m, W in before]
 
     @torch.no_grad()
@@ -192,7 +192,7 @@ class TRP(Controller):
 
     @torch.no_grad()
     def _project(self, more: bool = True) -> None:
-        """W = D_e(W), and what the step after it needs, if there will be `more`."""
+        """W = D_e(W); `more`: and keep what the step after it adds to the gradient, which else is computed anew."""
         skipped = []
         for m, found, n, s in spectra(self._matrices, "TRP"):
             if found is None:
@@ -209,7 +209,7 @@ class TRP(Controller):
                 for key, v in (state or {}).items():
                     if torch.is_tensor(v) and v.shape == m.parameter.shape and not starts_at_mean(key) and key != KEPT:
                         v.copy_(m.back(found.tangent(n, rank, m.of(v))))
-            # an optimizer that has no state of it yet takes ours for its own; it is then computed anew
+            # an optimizer that has no state of a parameter yet would take ours for its own
             if more and self.weight and self.penalty == "subgradient" and state:
                 state[KEPT] = m.back(found.polar(n, rank))
         self.projected = self.done
