@@ -1,4 +1,4 @@
-"""TRP and the nuclear norm: the published loop step for step, theorems as properties, the faults of the authors' code."""
+"""TRP and the nuclear norm: the published loop step for step, theorems as properties, its authors' faults."""
 
 import copy
 
