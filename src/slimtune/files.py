@@ -180,6 +180,8 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     if MANIFEST not in where:
         return None
     manifest = read_json(where[MANIFEST])
+    if manifest.get("kind") == "compressed":
+        raise FileFormatError(f"{folder}: a compressed model, not an adapter: st.load_compressed loads it")
     if manifest.get("format") != FORMAT:
         raise FileFormatError(f"{folder / MANIFEST}: format {manifest.get('format')!r}, expected {FORMAT}")
     files = manifest.get("files")

@@ -36,6 +36,7 @@ from .files import (
 )
 from .layers import Adapter, Extended, Host, own_class
 from .recipe import Recipe
+from .structured import Structured
 from .targets import check_free, hosts, own_modules, require_adapter, saved_modules, unwrapped
 from .verbs import attach_adapters, build_adapter, prepare
 
@@ -177,14 +178,19 @@ def fingerprint(model: nn.Module, layers: list[str]) -> str | None:
     """
     digest = hashlib.sha256()
     for name in sorted(layers):
-        weight = getattr(model.get_submodule(name), "weight", None)
-        readable = (torch.float32, torch.bfloat16, torch.float64)
-        if weight is None or weight.is_meta or type(weight.data) is not Tensor or weight.dtype not in readable:
-            return None
-        flat = weight.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16).float().cpu()
-        digest.update(f"{name}{tuple(weight.shape)}".encode())
-        digest.update(repr(sample.tolist()).encode())
+        module = model.get_submodule(name)
+        if isinstance(module, Structured):  # dW itself is rounded otherwise in bf16
+            tensors: dict[str, Any] = {f"{name}.{k}": p for k, p in module.structure.named_parameters("structure")}
+        else:
+            tensors = {name: getattr(module, "weight", None)}
+        for key, weight in tensors.items():
+            readable = (torch.float32, torch.bfloat16, torch.float64)
+            if weight is None or weight.is_meta or type(weight.data) is not Tensor or weight.dtype not in readable:
+                return None
+            flat = weight.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16).float().cpu()
+            digest.update(f"{key}{tuple(weight.shape)}".encode())
+            digest.update(repr(sample.tolist()).encode())
     return digest.hexdigest()
 
 
