@@ -7,8 +7,10 @@ G groups.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
+from statistics import median
 from typing import Any
 
 import torch
@@ -28,14 +30,16 @@ from ..structures import LowRank, Structure
 from ..structures.base import check_count
 from ..targets import HEADS, own_modules, pick, select, unwrapped
 from .base import Controller
+from .matrices import CONVOLUTIONS, convolutions
 from .plateau import settled, slope
 
-__all__ = ["Cuttlefish", "frobenius_decay", "scaled_rank", "stable_ranks"]
+__all__ = ["Cuttlefish", "frobenius_decay", "random_stable_rank", "scaled_rank", "stable_ranks"]
 
 SHORTCUTS = ("shortcut", "downsample", "skip")
 """Parts of a name that tell a pointwise convolution beside others from one among them."""
 
 RULES = ("scaled", "accumulative", "energy")
+ACCUMULATIVE, ENERGY = 0.8, 0.9
 CHUNK = 2**24  # numbers of W that are stacked at a time
 
 
@@ -94,6 +98,17 @@ def stable_ranks(layers: Mapping[str, nn.Module], form: str = "channel") -> dict
         if not math.isfinite(value):
             raise DivergenceError(f"stable rank of {name!r}: its weight is not finite")
     return {name: found[name] for name in layers}
+
+
+def random_stable_rank(rows: int, columns: int) -> float:
+    """m n / (sqrt m + sqrt n)^2, to which the stable rank of a random matrix tends whose entries are independent and
+    alike: Marchenko and Pastur 1967, the edge of its spectrum.
+
+    Example:
+        >>> round(random_stable_rank(512, 4608), 6)
+        288.0
+    """
+    return rows * columns / (rows**0.5 + columns**0.5) ** 2
 
 
 def _rank_by_sum(s: Tensor, keep: float) -> int:
@@ -216,12 +231,14 @@ class Cuttlefish(Controller):
 
     Args:
         total_steps: optimizer steps of the run. None takes away `earliest` and `latest`, and asks for a period.
-        targets: layers to track and factorise: names, suffixes, globs, one regular expression, or "all-linear". None
-            for every linear layer and convolution in training but the stem (the first convolution; without any, and
-            without embeddings, the first layer), the output head, and pointwise convolutions called `SHORTCUTS`.
+        targets: layers to track and factorise: names, suffixes, globs, one regular expression, "all-linear", or
+            "convolutions", those after the first whose kernel is larger than one. None for every linear layer and
+            convolution in training but the stem (the first convolution; without any, and without embeddings, the first
+            layer), the output head, and pointwise convolutions called `SHORTCUTS`.
         exclude: the same forms; what they match is left out.
         period: optimizer steps between two looks; a hundredth of the run when None.
-        rule: see above.
+        rule: see above. None for "energy" where the weights do not look random when attached (the median of rho over
+            that of a random matrix is below a half), else "scaled".
         keep: share in (0, 1] of "accumulative" (0.8 when None) and "energy" (0.9).
         floor: share of K in [0, 1]. The released code takes 0.5 for DeiT, 0.2 for ResNet-50, none for CIFAR.
         multiple: that ranks are rounded up to.
@@ -235,7 +252,8 @@ class Cuttlefish(Controller):
             switch one period after the detection. A period is then an epoch.
         window: of the average, and looks before the first decision; 5, or 15 if published.
         tail: looks whose slopes are averaged; 5, or 11.
-        tolerance: of the slope, per look; 0.01, or 0.1.
+        tolerance: of the slope: 0.01, relative to the rank, per hundredth of the run (without `total_steps` per look);
+            if published 0.1 per look.
         relax: pairs (n, f): with at most n layers left to settle (unless published, at least half have), f
             times the tolerance.
         earliest: share of the run before which no layer settles, such as while the learning rate warms up.
@@ -254,7 +272,8 @@ class Cuttlefish(Controller):
         DivergenceError: a weight that is not finite.
 
     Warns:
-        UserWarning: at the end, when no switch took place, or one that left every layer dense.
+        UserWarning: when attached, weights that do not look random under a rule with xi; at the end, when no switch
+            took place, or one that left every layer dense.
 
     Example:
         >>> import slimtune as st
@@ -277,7 +296,7 @@ class Cuttlefish(Controller):
         targets: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] = (),
         period: int | None = None,
-        rule: str = "scaled",
+        rule: str | None = None,
         keep: float | None = None,
         floor: float = 0.0,
         multiple: int = 8,
@@ -314,13 +333,12 @@ class Cuttlefish(Controller):
                 check_count(count, f"Cuttlefish: {key}", least)
         if total_steps is None and period is None:
             raise StructureError("Cuttlefish: expected total_steps, the length of the run, or a period")
-        if rule not in RULES:
+        if rule is not None and rule not in RULES:
             raise StructureError(f"Cuttlefish: rule must be one of {', '.join(RULES)}, got {rule!r}")
         if rule == "scaled" and keep is not None:
             raise StructureError("Cuttlefish: keep belongs to the rules accumulative and energy, not to scaled")
-        keep = {"accumulative": 0.8, "energy": 0.9}.get(rule, 1.0) if keep is None else keep
         for key, share, open_ in (
-            ("keep", keep, True),
+            ("keep", 1.0 if keep is None else keep, True),
             ("floor", floor, False),
             ("earliest", earliest, False),
             ("latest", latest, True),
@@ -361,6 +379,8 @@ class Cuttlefish(Controller):
         """Those before the first that is worth it; None until they are known."""
         self.speedups: list[list[Any]] = []
         """[layers of a stack, measured speed-up] of those that were timed."""
+        self.chosen = rule
+        """The rule, once the weights have been seen."""
         self.first: dict[str, float] = {}
         """Stable rank of every layer at the start."""
         self.history: dict[str, list[float]] = {}
@@ -400,7 +420,8 @@ class Cuttlefish(Controller):
                 self._factorize(model)
         else:
             self._choose(model)
-            self.first = stable_ranks(self._modules, self.form)
+            self.first = agreed(lambda: stable_ranks(self._modules, self.form))
+            self._choose_rule()
             if self.prefix != "auto":
                 self._keep(self.layers[: int(self.prefix)])
             self._record(self.first)
@@ -451,8 +472,12 @@ class Cuttlefish(Controller):
         own = own_modules(model)
         if self.targets is None:
             names = _by_default(model, layers)
+        elif self.targets == "all-linear":
+            names = select(model, self.targets)
+        elif self.targets == CONVOLUTIONS:
+            names = convolutions(model)
         else:
-            names = select(model, self.targets) if self.targets == "all-linear" else self._named(own, layers)
+            names = pick(self.targets, {n for n, m in own.items() if n in layers or layout_of(type(m))}, "targets")
         if self.exclude:
             out = pick(self.exclude, own, "exclude")
             names = [n for n in names if not any(n == o or n.startswith(f"{o}.") for o in out)]
@@ -463,11 +488,6 @@ class Cuttlefish(Controller):
             raise TargetError("Cuttlefish: the model has no layer in training that could be factorised")
         self.layers = names
         self._modules = {name: own[name] for name in names}
-
-    def _named(self, own: Mapping[str, nn.Module], layers: Mapping[str, nn.Module]) -> list[str]:
-        assert self.targets is not None
-        fitting = {n: m for n, m in own.items() if n in layers or layout_of(type(m))}
-        return pick(self.targets, fitting, "targets")
 
     @staticmethod
     def _refuse(module: nn.Module, name: str) -> None:
@@ -490,6 +510,20 @@ class Cuttlefish(Controller):
         if gone:
             raise TargetError(f"Cuttlefish: its state is of a model with a layer {gone[0]!r}, which this one lacks")
         self._modules = {name: own[name] for name in self.layers}
+
+    def _choose_rule(self) -> None:
+        expected = [random_stable_rank(*matrices(part_of(m, n), self.form).shape[1:]) for n, m in self._modules.items()]
+        looks_random = median(rho / e for rho, e in zip(self.first.values(), expected, strict=True)) >= 0.5
+        if self.rule is None:
+            self.chosen = "scaled" if looks_random else "energy"
+        elif self.rule != "energy" and not looks_random:
+            warnings.warn(
+                f"Cuttlefish: these weights do not start at random (stable rank {self.first[self.layers[0]]:.1f} of "
+                f"{self.layers[0]!r}, a random one has {expected[0]:.1f}), so that xi of rule={self.rule!r} means "
+                "nothing; rule='energy' is for pretrained weights",
+                UserWarning,
+                stacklevel=4,
+            )
 
     # ---- the dense prefix
 
@@ -568,14 +602,21 @@ class Cuttlefish(Controller):
         if self.automatic:
             self._factorize(model)
 
+    def _tolerance(self) -> float:
+        """Per look."""
+        if self.published or self.total_steps is None:
+            return self.tolerance
+        return self.tolerance * self.period * 100 / self.total_steps
+
     def _settles(self, tracked: Iterable[str]) -> bool:
         """Whether all layers have settled; as published, a layer that has once stays so, and need not have moved."""
         history = {name: self.history[name] for name in tracked}
+        tolerance = self._tolerance()
         self.moved += [
             name
             for name, values in history.items()
             if name not in self.moved and len(values) > self.window
-            if slope(values, self.window, self.tail, not self.published) > self.tolerance
+            if slope(values, self.window, self.tail, not self.published) > tolerance
         ]
         if self.done < self.earliest * (self.total_steps or 0):
             return False
@@ -588,14 +629,14 @@ class Cuttlefish(Controller):
                 self.stable,
                 window=self.window,
                 tail=self.tail,
-                tolerance=self.tolerance,
+                tolerance=tolerance,
                 relax=[(int(n), f) for n, f in self.relax] if few else (),
                 relative=not self.published,
             )
             self.stable += new
             if self.published or not new:
                 break
-        if self.published or self.rule == "energy":
+        if self.published or self.chosen == "energy":
             return len(self.stable) == len(history)
         return len(self.stable) == len(history) and 2 * len(self.moved) >= len(history)
 
@@ -616,16 +657,14 @@ class Cuttlefish(Controller):
     def _rank(self, name: str, M: Tensor) -> int:
         full = min(M.shape[1:])
         first, now = self.first[name], self.history[name][-1]
-        s: Tensor | None = None
-        if self.rule != "scaled" or not first:
-            s = torch.linalg.svdvals(M)
-        if not first or self.rule == "energy":  # xi of a weight that starts at zero is none
-            share = self.keep if self.rule == "energy" else 0.9
-            rank = max(rank_by_energy(each, share) for each in s)  # type: ignore[union-attr]
+        if not first or self.chosen == "energy":  # xi of a weight that starts at zero is none
+            keep = self.keep if self.keep is not None and self.chosen == "energy" else ENERGY
+            rank = max(rank_by_energy(s, keep) for s in torch.linalg.svdvals(M))
         else:
             rank = scaled_rank(now, int(first) if self.published else first, full)
-            if self.rule == "accumulative":
-                rank = max(rank, *(_rank_by_sum(each, self.keep) for each in s))  # type: ignore[union-attr]
+            if self.chosen == "accumulative":
+                keep = ACCUMULATIVE if self.keep is None else self.keep
+                rank = max(rank, *(_rank_by_sum(s, keep) for s in torch.linalg.svdvals(M)))
         return min(full, max(1, rank, math.ceil(self.floor * full - 1e-9)))
 
     # ---- the switch and after
