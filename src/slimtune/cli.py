@@ -93,6 +93,44 @@ def train(
 
 
 @app.command()
+def compress(
+    config: Annotated[str | None, typer.Argument(help="The YAML file, or a first key=value.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as keep=0.7.")
+    ] = None,
+    file: Annotated[Path | None, typer.Option("--config", help="The YAML file.")] = None,
+    plan_only: Annotated[bool, typer.Option("--plan-only", help="Print the plan and stop.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of the file.")] = False,
+) -> None:
+    """Make a model's weights smaller, and measure what that costs; continues an interrupted call."""
+    from slimtune.app.compress_config import CompressConfig, load_compress_config
+
+    if schema:
+        import json
+
+        print(json.dumps(CompressConfig.model_json_schema(), indent=2))
+        return
+    settings = list(overrides or []) + (["plan_only=true"] if plan_only else [])
+    if config is not None and (file is not None or "=" in config):
+        settings.insert(0, config)
+    elif config is not None:
+        file = Path(config)
+    if file is None and not settings:
+        raise typer.BadParameter("give a configuration: slimtune compress compress.yaml [key=value ...]")
+    checked = load_compress_config(file, settings)
+
+    from slimtune.app.compress import closing_lines
+    from slimtune.app.compress import compress as run
+
+    result = run(checked)
+    if result.interrupted:
+        print("stopped; what was finished is kept, the same command continues", file=sys.stderr)
+        raise typer.Exit(130)
+    for line in closing_lines(result):
+        print(line)
+
+
+@app.command()
 def merge(
     run: Run,
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder for the merged model.")],
@@ -160,7 +198,14 @@ def methods(name: Annotated[str | None, typer.Argument(help="One method, in full
 
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
-    """Write report.html of a run, finished or not, from what its folder holds."""
+    """Write report.html of a run, finished or not, or of a compression, from what its folder holds."""
+    from slimtune.app.compress_state import RECORD
+
+    if (run / RECORD).is_file():
+        from slimtune.app.compress_report import write_report as write_compress_report
+
+        print(write_compress_report(run))
+        return
     from slimtune.app.report import write_report
 
     print(write_report(run))

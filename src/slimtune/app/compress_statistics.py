@@ -1,0 +1,181 @@
+"""What a compression knows of its layers: of their weights alone, or of what they compute on data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from slimtune.allocate.compression import Price, price, tail, uniform
+from slimtune.app.compress_config import CALIBRATED
+from slimtune.app.compress_plan import Layer, hash_of, make_factors
+from slimtune.compress import part_of
+from slimtune.errors import ConfigError
+from slimtune.factors import Factors, LayerMoments, Part, Principal, afm
+from slimtune.factors.base import in_form
+from slimtune.ops.moments import Moments
+from slimtune.structures import Structure
+
+if TYPE_CHECKING:
+    from slimtune.app.compress import _Compression
+
+
+class _Sized:
+    """Factors of which only the sizes are asked."""
+
+    def __init__(self, factors: Factors) -> None:
+        self.sizes = factors.sizes
+
+
+class Statistics:
+    """The factors of a compression and what they rest on."""
+
+    def __init__(self, job: _Compression) -> None:
+        self.job, self.cfg = job, job.cfg
+        self.calibrated = self.cfg.method in CALIBRATED
+        self.known: dict[str, LayerMoments | Principal] = {}
+        self.factors: Factors = self._afm({}) if self.calibrated else make_factors(self.cfg)
+
+    def _afm(self, known: dict[str, LayerMoments | Principal]) -> afm:
+        options = dict(self.cfg.method_options)
+        try:
+            return afm(known, form=self.cfg.form, **options)
+        except TypeError as error:
+            raise ConfigError(f"method_options: {self.cfg.method}: {error}") from error
+
+    def part(self, name: str) -> Part:
+        return part_of(self.job.dense.get(name) or self.job.model.get_submodule(name), name)
+
+    # ---- statistics
+
+    def collect(self, names: Sequence[str]) -> None:
+        """Know the layers' statistics: from the state, or from the data."""
+        if not self.calibrated:
+            return
+        missing = [name for name in names if not self._take(name)]
+        if missing:
+            self._calibrate(missing, True)
+        self.factors = self._afm(self.known)
+
+    def renew(self, names: Sequence[str]) -> None:
+        """Take the layers' statistics anew, behind what has been compressed by now."""
+        for name in names:
+            self.known.pop(name, None)
+        self._calibrate(names, False)
+        self.factors = self._afm(self.known)
+
+    def _calibrate(self, names: Sequence[str], keep: bool) -> None:
+        """One pass over the data for every group of layers whose moments fit into `memory`."""
+        from slimtune.app.compress import going
+        from slimtune.calibrate import moments
+
+        job, source = self.job, self.job.source
+        found: dict[str, LayerMoments | Principal] = {}
+        made = self._afm(found)
+
+        def take(name: str, entry: LayerMoments) -> None:
+            part = self.part(name)
+            found[name] = entry
+            if in_form(part, made.form) == "channel":
+                found[name] = made.principal(part)
+            self.known[name] = found[name]
+            if keep:
+                self._keep(name, found[name])
+
+        with going(job.stop, "calibrating") as progress:
+            moments(
+                source.model,
+                job.calibration(),
+                list(names),
+                side="auto" if made.form == "channel" else "input",
+                keep=take,
+                memory=self.cfg.memory,
+                forward=source.forward,
+                progress=progress,
+            )
+
+    def _keep(self, name: str, entry: LayerMoments | Principal) -> None:
+        module: Any = self.job.model.get_submodule(name)
+        note: dict[str, Any] = {"weight": hash_of(module.weight)}
+        if isinstance(entry, Principal):
+            tensors = {"U": entry.U, "errors": entry.errors, "mean": entry.mean}
+            note |= {"energy": entry.energy, "mark": entry.mark}
+        else:
+            tensors = {"mean": entry.moments.mean, "M2": entry.moments.M2}
+            note |= {"side": entry.side, "count": entry.moments.count}
+        self.job.state.keep(f"statistics/{name}", tensors, note)
+
+    def _take(self, name: str) -> bool:
+        state = self.job.state
+        note = state.note(f"statistics/{name}")
+        if note is None:
+            return False
+        module: Any = self.job.model.get_submodule(name)
+        if note["weight"] != hash_of(module.weight):
+            raise ConfigError(
+                f"cannot continue in {state.run}: the weights of the model have changed ({name}); resume=false starts "
+                "afresh"
+            )
+        held = state.tensors(f"statistics/{name}")
+        if held is None:
+            return False
+        device = module.weight.device
+        if "U" in held:
+            on = {key: t.to(device) for key, t in held.items()}
+            self.known[name] = Principal(on["U"], held["errors"], note["energy"], on["mean"], tuple(note["mark"]))
+        else:
+            found = Moments(note["count"], held["mean"], held["M2"])
+            self.known[name] = LayerMoments(note["side"], found.to(device))
+        return True
+
+    # ---- what follows from them
+
+    def price(self, name: str) -> tuple[str, Part, Price]:
+        """A layer's kind, weight and price."""
+        part = self.part(name)
+        factors: Any = self.factors
+        if self.calibrated and name not in self.known:
+            factors = _Sized(factors)  # it stays dense: nobody asks for its errors
+        return type(self.job.model.get_submodule(name)).__name__, part, price(part, factors)
+
+    def ranks(self, prices: Mapping[str, Price], keep: float) -> dict[str, int]:
+        """Ranks by the configured allocation, for `keep` of these layers' parameters."""
+        multiple = self.cfg.multiple
+        if not prices:
+            return {}
+        if self.cfg.allocation == "uniform":
+            return uniform(prices, keep, multiple=multiple)
+        if any(p.errors is None for p in prices.values()):
+            raise ConfigError(
+                f"allocation: {self.cfg.method} does not foretell its errors, so only uniform is possible"
+            )
+        if self.cfg.allocation == "tail":
+            return tail(prices, keep, multiple=multiple)
+        raise ConfigError(f"allocation: {self.cfg.allocation} is not there yet")
+
+    def predicted(self, layer: Layer) -> float | None:
+        """The error at the layer's rank by the present statistics."""
+        errors = self.price(layer.name)[2].errors
+        assert layer.rank is not None
+        return None if errors is None else max(0.0, float(errors[min(layer.rank, len(errors) - 1)])) ** 0.5
+
+    def replacement(self, layer: Layer, module: nn.Module) -> tuple[Structure, Tensor | None]:
+        """What takes the layer's weight's place."""
+        assert layer.rank is not None
+        part = part_of(module, layer.name)
+        with torch.no_grad():
+            structure, bias = self.factors(part, layer.rank)
+        return structure.requires_grad_(False), bias
+
+    def blocks(self, layers: Sequence[Layer]) -> list[list[Layer]]:
+        """Layers that are compressed together: all, or block by block, a block being what a number in a name counts."""
+        if not self.cfg.sequential:
+            return [list(layers)]
+        found: dict[str, list[Layer]] = {}
+        for layer in layers:
+            match = re.match(r".*?\.\d+(?=\.|$)|\d+", layer.name)
+            found.setdefault(match[0] if match else layer.name, []).append(layer)
+        return list(found.values())
