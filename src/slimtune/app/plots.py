@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slimtune.app.record import Record, metric_value, number
+from slimtune.app.whole import WHOLE
 
 INK, LINE, FIRST, SECOND, SHADE = "#1f2430", "#d8dce4", "#2457c5", "#c2541b", "#8fa9dc"
 VARIABLES = {INK: "--muted", LINE: "--line", FIRST: "--accent", SECOND: "--second", SHADE: "--shade"}
@@ -61,6 +62,8 @@ class Figure:
     grid: Grid | None = None
     moments: list[tuple[float, str]] = field(default_factory=list)
     """Dashed vertical lines at steps at which something happened, with their labels."""
+    reach: tuple[float, float] | None = None
+    """Steps that are shown; default: those of the curves."""
 
 
 def curves(record: Record, metric: str | None) -> list[Figure]:
@@ -104,7 +107,8 @@ def layers(record: Record) -> Figure | None:
         return None
     moved = any(start is not None and start != rank for start, rank in zip(starts, ranks, strict=True))
     vary = moved or len(set(ranks)) > 1
-    title = "Rank of each adapted layer" if vary else "Parameters of each adapted layer"
+    kind = "layer" if record.config.get("method") in WHOLE else "adapted layer"
+    title = f"Rank of each {kind}" if vary else f"Parameters of each {kind}"
     x = range(1, len(rows) + 1)
     bars = [Curve(x, ranks if vary else counts, "at the end" if moved else "")]
     if moved:
@@ -160,7 +164,8 @@ def stable_ranks(record: Record) -> Figure | None:
             for i, name in enumerate(names)
         ]
     moments = [] if chosen is None else [(float(chosen), "factorised")]
-    return Figure("stable_ranks", "Stable rank of each layer over training", lines, below=True, moments=moments)
+    title, reach = "Stable rank of each layer over training", (0, record.step)
+    return Figure("stable_ranks", title, lines, below=True, moments=moments, reach=reach)
 
 
 def _grid(steps: Sequence[int], history: Mapping[str, Sequence[int]]) -> Grid:
@@ -263,6 +268,8 @@ def _draw_curves(axes: Any, figure: Figure) -> None:
             )
     for level, label in figure.levels:
         axes.axhline(level, color=INK, linewidth=1.2, linestyle=(0, (4, 3)), label=label)
+    if figure.reach:
+        axes.set_xlim(*figure.reach)
     for step, label in figure.moments:
         axes.axvline(step, color=INK, linewidth=1.2, linestyle=(0, (4, 3)), label=label)
     if figure.log:
