@@ -133,6 +133,7 @@ class _Compression:
 
     def plan(self) -> Plan:
         from slimtune.app import compress_plan as planning
+        from slimtune.app.compress_statistics import allocated
 
         reasons = planning.find_layers(self.model, self.cfg)
         given = planning.explicit(self.cfg, reasons)
@@ -140,7 +141,7 @@ class _Compression:
         numbers = sum(p.numel() for p in self.model.parameters())
         plan = planning.new_plan(reasons, self.statistics.price, numbers)
         free, keep = planning.shared_out(self.cfg, plan, given)
-        planning.decide(plan, self.statistics.ranks(free, keep), given)
+        planning.decide(plan, allocated(self.cfg, free, keep), given)
         return plan
 
     def _check_room(self, plan: Plan) -> None:
@@ -306,6 +307,9 @@ def closing_lines(result: CompressResult) -> Iterator[str]:
         yield f"note: {note}"
     size = record["bytes"]
     yield f"weights: {size['after'] / 1e6:.2f} MB in {result.output_dir / 'model'}, dense {size['before'] / 1e6:.2f} MB"
+    if "memory" in record:
+        stated, measured = (record["memory"][key] / 2**20 for key in ("stated", "measured"))
+        yield f"memory: {measured:,.0f} MiB beyond what the program took at its start, {stated:,.0f} MiB stated"
     if result.report:
         yield f"report: {result.report}"
     yield f"verdict: {record['verdict']}"

@@ -138,7 +138,8 @@ def compare(
                 spent[which].append(time.perf_counter() - began)
     ratios = sorted(a / b for a, b in zip(*spent, strict=True))
     low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
-    return Pair(*(statistics.median(times) for times in spent), low, high)
+    dense, compressed = (statistics.median(times) for times in spent)
+    return Pair(dense, compressed, low, high)
 
 
 def _wait(device: torch.device) -> None:

@@ -148,6 +148,8 @@ class State:
     def drop(self, prefix: str) -> None:
         """Forget everything whose name starts so, and free its disk."""
         gone = {name: entry for name, entry in self.table["files"].items() if name.startswith(prefix)}
+        if not gone:
+            return
         for name in gone:
             del self.table["files"][name]
         with writing(self.run):

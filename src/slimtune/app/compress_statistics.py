@@ -3,24 +3,51 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from slimtune.allocate.compression import Price, price, tail, uniform
-from slimtune.app.compress_config import CALIBRATED
+from slimtune.app.compress_config import CALIBRATED, CompressConfig
 from slimtune.app.compress_plan import Layer, hash_of, make_factors
 from slimtune.compress import part_of
 from slimtune.errors import ConfigError
 from slimtune.factors import Factors, LayerMoments, Part, Principal, afm
 from slimtune.factors.base import in_form
 from slimtune.ops.moments import Moments
+from slimtune.ranks import seeded
 from slimtune.structures import Structure
 
 if TYPE_CHECKING:
     from slimtune.app.compress import _Compression
+
+
+def allocated(cfg: CompressConfig, prices: Mapping[str, Price], keep: float) -> dict[str, int]:
+    """Ranks by the configured allocation, for `keep` of these layers' parameters.
+
+    Raises:
+        ConfigError: a method whose errors are not known beforehand, and an allocation that rests on them.
+    """
+    if not prices:
+        return {}
+    if cfg.allocation == "uniform":
+        return uniform(prices, keep, multiple=cfg.multiple)
+    if any(p.errors is None for p in prices.values()):
+        raise ConfigError(f"allocation: {cfg.method} does not foretell its errors, so only uniform is possible")
+    if cfg.allocation == "tail":
+        return tail(prices, keep, multiple=cfg.multiple)
+    raise ConfigError(f"allocation: {cfg.allocation} is not there yet")
+
+
+@contextmanager
+def reproducible(seed: int, name: str) -> Iterator[None]:
+    """Within: random numbers by a seed and a layer's name alone; afterwards as if none had been drawn."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seeded(seed, name).initial_seed())
+        yield
 
 
 class _Sized:
@@ -141,21 +168,6 @@ class Statistics:
             factors = _Sized(factors)  # it stays dense: nobody asks for its errors
         return type(self.job.model.get_submodule(name)).__name__, part, price(part, factors)
 
-    def ranks(self, prices: Mapping[str, Price], keep: float) -> dict[str, int]:
-        """Ranks by the configured allocation, for `keep` of these layers' parameters."""
-        multiple = self.cfg.multiple
-        if not prices:
-            return {}
-        if self.cfg.allocation == "uniform":
-            return uniform(prices, keep, multiple=multiple)
-        if any(p.errors is None for p in prices.values()):
-            raise ConfigError(
-                f"allocation: {self.cfg.method} does not foretell its errors, so only uniform is possible"
-            )
-        if self.cfg.allocation == "tail":
-            return tail(prices, keep, multiple=multiple)
-        raise ConfigError(f"allocation: {self.cfg.allocation} is not there yet")
-
     def predicted(self, layer: Layer) -> float | None:
         """The error at the layer's rank by the present statistics."""
         errors = self.price(layer.name)[2].errors
@@ -166,7 +178,7 @@ class Statistics:
         """What takes the layer's weight's place."""
         assert layer.rank is not None
         part = part_of(module, layer.name)
-        with torch.no_grad():
+        with torch.no_grad(), reproducible(self.cfg.seed, layer.name):
             structure, bias = self.factors(part, layer.rank)
         return structure.requires_grad_(False), bias
 
