@@ -6,7 +6,9 @@ FOLDER holds (each example needs its own part only):
 
     glue/{rte,cola,sst2,stsb}/{train,dev,test}.jsonl.gz     senteval/trec/{train,test}.jsonl.gz
     lm_text/tinyshakespeare.txt.gz                          cifar10/cifar10_jpeg_full.npz
-    weights/{resnet20_cifar10.safetensors,babyllama105_llama/}
+    mnist/mnist_20k_5k.npz
+    lm_text/tinystories_sample.txt.gz                       weights/{babyllama105_llama,stories260k_llama}/
+    weights/resnet20_cifar10.safetensors
 
 GLUE's own test labels are not public: RTE and CoLA are tested on the official dev set and validated on a tenth of the
 training data, which `slimtune train` holds out. SST-2 and STS-B keep their official splits. The CIFAR-10 test images
@@ -27,7 +29,7 @@ from typing import Any
 OUT = Path(__file__).parent / "data"
 TREC = ["ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM"]
 ENTAILMENT = ["entailment", "not_entailment"]
-TRAIN_SHARE, VALIDATION_SHARE = 0.9, 0.05  # of Shakespeare, in the order of the text
+TRAIN_SHARE, VALIDATION_SHARE = 0.9, 0.05  # of texts, in their order
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -81,9 +83,25 @@ def shakespeare(data: Path) -> None:
     first, second = (int(share * len(text)) for share in (TRAIN_SHARE, TRAIN_SHARE + VALIDATION_SHARE))
     for split, part in (("train", text[:first]), ("validation", text[first:second]), ("test", text[second:])):
         write_rows(OUT / "shakespeare" / f"{split}.jsonl", [{"text": part}])
-    (OUT / "babyllama105").mkdir(exist_ok=True)
-    for file in sorted((data / "weights/babyllama105_llama").iterdir()):
-        shutil.copyfile(file, OUT / "babyllama105" / file.name)
+    copy_folder(data / "weights/babyllama105_llama", OUT / "babyllama105")
+
+
+def tinystories(data: Path) -> None:
+    """Stories, one a row, in the order of the file; the two models that were trained on such stories."""
+    with gzip.open(data / "lm_text/tinystories_sample.txt.gz", "rt", encoding="utf-8") as file:
+        stories = [" ".join(story.split()) for story in file.read().split("<|endoftext|>")]
+    rows = [{"text": story} for story in stories if story]
+    first, second = (int(share * len(rows)) for share in (TRAIN_SHARE, TRAIN_SHARE + VALIDATION_SHARE))
+    for split, part in (("train", rows[:first]), ("validation", rows[first:second]), ("test", rows[second:])):
+        write_rows(OUT / "tinystories" / f"{split}.jsonl", part)
+    for name in ("babyllama105", "stories260k"):
+        copy_folder(data / f"weights/{name}_llama", OUT / name)
+
+
+def copy_folder(source: Path, out: Path) -> None:
+    out.mkdir(exist_ok=True, parents=True)
+    for file in sorted(source.iterdir()):
+        shutil.copyfile(file, out / file.name)
 
 
 def jpeg_cifar(data: Path) -> None:
@@ -120,8 +138,15 @@ def jpeg_cifar(data: Path) -> None:
         shutil.copyfile(data / "weights" / name, OUT / name)
 
 
+def mnist(data: Path) -> None:
+    """20,000 training and 5,000 test images, uint8 (N, 28, 28), as they are."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(data / "mnist/mnist_20k_5k.npz", OUT / "mnist.npz")
+
+
 EXAMPLES: dict[str, Callable[[Path], None]] = {
-    function.__name__: function for function in (rte, cola, sst2, stsb, trec, shakespeare, jpeg_cifar)
+    function.__name__: function
+    for function in (rte, cola, sst2, stsb, trec, shakespeare, tinystories, jpeg_cifar, mnist)
 }
 
 
