@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from slimtune.app.tasks import Base
 
 TENSORS = "adapter_model.safetensors"
+COMPRESSION = "compress.json"  # the record of `slimtune compress`, beside model/
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ def find(path: str | Path) -> Place:
         return Place("adapter", folder, run)
     if any(folder.glob("*.safetensors")):
         return Place("model", folder, run)
+    if (folder / COMPRESSION).is_file() and any((folder / "model").glob("*.safetensors")):
+        return Place("model", folder / "model")
     found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
     raise ConfigError(f"{folder}: not a run, an adapter or a model folder; it holds {found}")
 
@@ -181,6 +184,7 @@ def _recorded_base(place: Place, model: str | None) -> Base:
 
     from slimtune.app.tasks import Base
     from slimtune.app.tasks.factory import logits_of
+    from slimtune.compressed import is_compressed, load_compressed, load_with_head
     from slimtune.hf import models as hf
 
     if place.kind == "model":
@@ -188,6 +192,9 @@ def _recorded_base(place: Place, model: str | None) -> Base:
     else:
         name, kind, extra = _named_in(place.folder, model)
     folder = hf.resolve_model(name)
+    compressed = is_compressed(folder)
+    if compressed:
+        hf.check_folder(Path(folder))
     kind = kind or _architecture(folder)
     cls = getattr(transformers, kind, None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
@@ -197,7 +204,13 @@ def _recorded_base(place: Place, model: str | None) -> Base:
 
         with hf.quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            built = cast(Any, cls).from_pretrained(folder, use_safetensors=True, dtype="auto", **extra)
+            if compressed:
+                strict = place.kind == "model" and not extra
+                built = cast(Any, load_compressed(folder) if strict else load_with_head(folder, cls, **extra)[0])
+            else:
+                built = cast(Any, cls).from_pretrained(folder, use_safetensors=True, dtype="auto", **extra)
+    except SlimtuneError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{place.folder}: its base {name} cannot be loaded: {str(error).splitlines()[0]}") from error
     try:

@@ -34,6 +34,7 @@ class MergeResult:
         effect: relative change of the outputs by the adapter, on probe inputs.
         difference: relative difference between the outputs of the adapted model and of the folder, likewise.
         untied: weights that were shared and are the layer's own now.
+        densified: layers of a compressed model that are dense now.
     """
 
     out: Path
@@ -43,6 +44,7 @@ class MergeResult:
     effect: float
     difference: float
     untied: list[str] = field(default_factory=list)
+    densified: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         worst = max(self.layers, key=lambda layer: layer["share"])
@@ -52,6 +54,7 @@ class MergeResult:
             f"outputs: the adapter changes them by {self.effect:.3g}, "
             f"the merged model differs from the adapted one by {self.difference:.2e}",
             *(f"untied: {name}" for name in self.untied),
+            *(f"dense now, no longer compressed: {name}" for name in self.densified),
             f"written and reloaded: {self.out}",
         ]
         return "\n".join(lines)
@@ -103,7 +106,7 @@ def merge_run(
     with st.disabled(network):
         before = logits(loaded, inputs)
     report = st.merge(network)
-    kinds = {name: getattr(torch, dtype) if dtype else kind for name, kind in stored.items()}
+    kinds = _kinds(network, stored, getattr(torch, dtype) if dtype else None)
     layers, share = _cast(network, report, kinds)
     if share > max_loss:
         raise VerificationError(
@@ -111,7 +114,8 @@ def merge_run(
             f"{max(layers, key=lambda e: e['share'])['name']}), more than {max_loss:.1%}; choose dtype float32, or a "
             "larger max_loss"
         )
-    result = MergeResult(final, _name(kinds), share, layers, relative(after, before), 0.0, report.untied)
+    result = MergeResult(final, _name(kinds), share, layers, relative(after, before), 0.0)
+    result.untied, result.densified = report.untied, report.densified
     final.parent.mkdir(parents=True, exist_ok=True)
     staging = checkpoint.prepare(final)
     try:
@@ -159,10 +163,24 @@ def own_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, t) for name, t in tensors if ".adapters." not in f".{name}"]
 
 
+def _kinds(model: nn.Module, stored: dict[str, torch.dtype], given: torch.dtype | None) -> dict[str, torch.dtype]:
+    """The dtype of every tensor: as it was; of what took a structure's place, that of the structure."""
+    held = {name.rpartition(".structure.")[0]: kind for name, kind in stored.items() if ".structure." in name}
+    kinds = {}
+    for name, tensor in own_tensors(model):
+        layer = name.rpartition(".structure.")[0] or name.rpartition(".")[0]
+        if (name in stored or layer in held) and tensor.is_floating_point():
+            kinds[name] = given or stored.get(name, held.get(layer, tensor.dtype))
+    return kinds
+
+
 def _cast(model: nn.Module, report: MergeReport, kinds: dict[str, torch.dtype]) -> tuple[list[dict[str, Any]], float]:
     """Round every tensor to its dtype in place; what that lost of the change, per layer and in all."""
-    weights: dict[str, nn.Parameter] = dict(model.named_parameters(remove_duplicate=False))
-    exact = {layer.name: weights[f"{layer.name}.weight"].detach().clone() for layer in report.layers}
+
+    def weight(name: str) -> Tensor:
+        return model.get_submodule(name).weight.detach()  # type: ignore[union-attr, operator, return-value]
+
+    exact = {layer.name: weight(layer.name).clone() for layer in report.layers}
     for name, tensor in own_tensors(model):
         if name in kinds:
             tensor.data = tensor.data.to(kinds[name])
@@ -170,7 +188,7 @@ def _cast(model: nn.Module, report: MergeReport, kinds: dict[str, torch.dtype]) 
                 raise VerificationError(f"{name} is not finite in {str(kinds[name]).removeprefix('torch.')}")
     layers, lost, total = [], 0.0, 0.0
     for layer in report.layers:
-        kept = weights[f"{layer.name}.weight"].detach()
+        kept = weight(layer.name)
         error = float((kept.to(exact[layer.name].dtype) - exact[layer.name]).norm())
         error = (error**2 + layer.error_norm**2) ** 0.5
         share = error / layer.delta_norm if layer.delta_norm else 0.0
@@ -181,8 +199,18 @@ def _cast(model: nn.Module, report: MergeReport, kinds: dict[str, torch.dtype]) 
 
 
 def _write(loaded: LoadedRun, folder: Path) -> None:
-    """The model in transformers' own form with its tokenizer, or one safetensors file for a factory's module."""
+    """The model in transformers' own form with its tokenizer, or one safetensors file for a factory's module; a model
+    that is still compressed as such."""
+    from slimtune.compress import structured_layers
+    from slimtune.compressed import is_compressed, save_compressed
+
     network: Any = loaded.model
+    if structured_layers(network):
+        base = getattr(getattr(network, "config", None), "_name_or_path", "")
+        tokenizer = loaded.processing if hasattr(loaded.processing, "save_pretrained") else None
+        processing = tokenizer or (base if base and is_compressed(base) else None)
+        save_compressed(network, folder, processing=processing, facts={"merged": str(loaded.place.folder)})
+        return
     if hasattr(network, "save_pretrained"):
         from slimtune.hf.models import quiet
 
@@ -201,10 +229,14 @@ def _write(loaded: LoadedRun, folder: Path) -> None:
 
 def _reload(loaded: LoadedRun, folder: Path, wide: torch.dtype) -> LoadedRun:
     """The model in `folder` built anew, nothing missing and nothing left over, in a wide dtype."""
+    from slimtune.compressed import is_compressed, load_compressed
     from slimtune.hf.models import quiet
 
     network: Any = loaded.model
-    if hasattr(network, "save_pretrained"):
+    compressed = is_compressed(folder)
+    if compressed and hasattr(network, "save_pretrained"):
+        fresh = load_compressed(folder, dtype=wide)
+    elif hasattr(network, "save_pretrained"):
         with quiet():
             fresh, found = type(network).from_pretrained(
                 folder, dtype=wide, use_safetensors=True, output_loading_info=True
@@ -220,7 +252,10 @@ def _reload(loaded: LoadedRun, folder: Path, wide: torch.dtype) -> LoadedRun:
         spec, options = str(loaded.config.model_factory), loaded.config.model_options
         fresh, _, _ = build_factory_model(spec, options, seed=loaded.config.seed)
         fresh.to(wide)
-        load_weights(fresh, folder, False, [""])
+        if compressed:
+            load_compressed(folder, fresh, dtype=wide)
+        else:
+            load_weights(fresh, folder, False, [""])
     fresh.requires_grad_(False).eval()
     return LoadedRun(fresh, loaded.processing, loaded.call, loaded.place, loaded.config)
 

