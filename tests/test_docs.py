@@ -54,6 +54,7 @@ def test_every_public_name_is_in_the_reference() -> None:
         "docs/concepts.md",
         "docs/methods.md",
         "docs/adaptive.md",
+        "docs/compression.md",
         "docs/huggingface.md",
     ],
 )
