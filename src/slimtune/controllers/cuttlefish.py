@@ -92,11 +92,12 @@ def stable_ranks(layers: Mapping[str, nn.Module], form: str = "channel") -> dict
             some = rows[i : i + each]
             M = torch.cat([M for _, M in some])
             square = torch.linalg.matrix_norm(M).square()
+            finite = square.isfinite().view(len(some), -1).all(1).tolist()
+            if not all(finite):
+                name = some[finite.index(False)][0]
+                raise DivergenceError(f"stable rank of {name!r}: its weight is not finite")
             ranks = torch.where(square > 0, square / spectral_norm(M).square(), 0.0)
             found.update(zip((name for name, _ in some), ranks.view(len(some), -1).amax(1).tolist(), strict=True))
-    for name, value in found.items():
-        if not math.isfinite(value):
-            raise DivergenceError(f"stable rank of {name!r}: its weight is not finite")
     return {name: found[name] for name in layers}
 
 
@@ -422,9 +423,9 @@ class Cuttlefish(Controller):
             self._choose(model)
             self.first = agreed(lambda: stable_ranks(self._modules, self.form))
             self._choose_rule()
+            self._record(self.first)
             if self.prefix != "auto":
                 self._keep(self.layers[: int(self.prefix)])
-            self._record(self.first)
         if self.dense is None:
             self._listen()
 
@@ -477,7 +478,7 @@ class Cuttlefish(Controller):
         elif self.targets == CONVOLUTIONS:
             names = convolutions(model)
         else:
-            names = pick(self.targets, {n for n, m in own.items() if n in layers or layout_of(type(m))}, "targets")
+            names = pick(self.targets, [n for n, m in own.items() if n in layers or layout_of(type(m))], "targets")
         if self.exclude:
             out = pick(self.exclude, own, "exclude")
             names = [n for n in names if not any(n == o or n.startswith(f"{o}.") for o in out)]
