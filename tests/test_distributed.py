@@ -12,10 +12,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import distributed, nn
 
 import slimtune as st
 import tinyrun
+from slimtune.structured import Structured
 from slimtune.targets import hosts
 
 TIMEOUT = 60
@@ -333,6 +335,7 @@ METHODS = {
     "adalora": {"rank": 2, "initial_rank": 4, "t_init": 2, "t_final": 3, "delta_t": 2},
     "elalora": {"rank": 2, "ceiling": 4, "warmup": 1, "final": 2, "interval": 2},
     "ardlora": {"rank": 3, "rows": 4, "most": 4, "heads": 1, "penalty": 2.0, "warmup": 2, "final": 3, "interval": 2},
+    "trp": {"period": 3, "tail": 0.2},
 }
 
 
@@ -343,7 +346,7 @@ def configured(folder, method, **options):
         method=method,
         method_options=METHODS[method],
         target_modules=["0", "4", "6"],
-        modules_to_save=["8"],
+        modules_to_save=None if method == "trp" else ["8"],
         augment=False,
         max_steps=12,
         eval_steps=12,
@@ -353,7 +356,7 @@ def configured(folder, method, **options):
     )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "trp"])
 def test_train_on_two_processes_makes_the_plan_of_one(method, two, tmp_path, monkeypatch):
     """Batches of two processes, or twice as many of one."""
     pytest.importorskip("transformers")
@@ -371,6 +374,54 @@ def test_train_on_two_processes_makes_the_plan_of_one(method, two, tmp_path, mon
     assert one.keys() == both.keys() and len(one) == 3
     for key, t in one.items():
         assert (both[key] - t).norm() < 1e-3 * t.norm()
+
+
+def test_whole_weights_on_two_processes_are_those_of_one(two, tmp_path, monkeypatch):
+    """TRP: the same ranks after the same steps, the same weights up to the order of sums; resumed to the bit."""
+    pytest.importorskip("transformers")
+    from slimtune.app.loading import load_run
+    from slimtune.app.train import train
+
+    monkeypatch.setattr("slimtune.app.report.write_report", lambda run: None)
+    config = configured(tmp_path, "trp", output_dir=str(tmp_path / "one"))
+    train(config)
+    shared = config.model_copy(update={"gradient_accumulation_steps": 1, "output_dir": str(tmp_path / "two")})
+    two(run, shared)
+    rounds = [[(e["step"], e["ranks"]) for e in tinyrun.events(tmp_path / n, "ranks")] for n in ("one", "two")]
+    assert rounds[0] == rounds[1] and len(rounds[0]) > 2
+    left, right = (load_run(tmp_path / n).model for n in ("one", "two"))
+    assert isinstance(left[4], Structured)
+    for name in ("0", "4", "6", "8"):
+        W = left[int(name)].weight
+        assert (right[int(name)].weight - W).norm() < 1e-3 * W.norm()
+    again = tmp_path / "from-4"
+    again.mkdir()
+    shutil.copytree(tmp_path / "two" / "checkpoint-4", again / "checkpoint-4")
+    two(run, shared.model_copy(update={"output_dir": str(again)}))
+    stored = [load_file(tmp_path / n / "model" / "compressed-00001.safetensors") for n in ("two", "from-4")]
+    assert stored[0].keys() == stored[1].keys()
+    assert all(torch.equal(t, stored[1][key]) for key, t in stored[0].items())
+
+
+def test_parameters_that_are_replaced_want_one_process(two, tmp_path):
+    pytest.importorskip("transformers")
+    config = tinyrun.image_config(
+        tmp_path, method="cuttlefish", method_options={}, target_modules=None, modules_to_save=None
+    )
+    for said in two(refusal, config):
+        assert said == (
+            "ConfigError: method cuttlefish puts new parameters in the place of the model's own while it trains, which "
+            "2 processes cannot follow; start it as one process"
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def refusal(config):
+    """What a run that cannot be says."""
+    try:
+        run(config)
+    except st.SlimtuneError as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def test_a_run_of_two_processes_is_resumed_to_the_bit(two, tmp_path):

@@ -88,9 +88,9 @@ def cut(run: Path, to: Path, step: int) -> None:
 
 
 def weights(run: Path):
-    """Every tensor of the model that a run kept."""
+    """Every tensor that a run kept."""
     found = {}
-    for file in sorted((run / "model").glob("*.safetensors")):
+    for file in (*run.glob("model/*.safetensors"), *run.glob("adapter/*.safetensors")):
         found |= load_file(file)
     return found
 
@@ -235,5 +235,43 @@ def test_methods_resume_exactly(case, llama, text, tmp_path):
     assert is_compressed(run / "model")
     loaded = load_run(run)
     assert {name: entry["options"]["rank"] for name, entry in describe_structures(loaded.model).items()} == kept
+    report = verify(run)
+    assert report.ok, report
+
+
+@pytest.fixture(scope="module")
+def small(llama, tmp_path_factory):
+    """The Llama with two of its layers factorised, as a folder."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    ranks = {"model.layers.0.mlp.up_proj": 4, "model.layers.1.self_attn.q_proj": 3}
+    st.factorize(model, ranks)
+    folder = tmp_path_factory.mktemp("small") / "llama"
+    st.save_compressed(model, folder, processing=llama)
+    return folder, ranks
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "cuttlefish"])
+def test_training_goes_on_from_a_compressed_model(method, small, text, tmp_path):
+    """Adapters on structures; every weight, factors among them; further layers factorised beside them."""
+    folder, ranks = small
+    options = {"lora": {"rank": 2}, "full": {}, "cuttlefish": METHODS["cuttlefish"][0]}[method]
+    extra = {"target_modules": "all-linear" if method == "lora" else None} if method != "full" else {}
+    if method == "cuttlefish":
+        extra["target_modules"] = ["down_proj"]
+    cfg = text_config(folder, text, tmp_path / "run", method=method, method_options=options, max_steps=6, **extra)
+    _, rows = resumes(cfg, tmp_path, [3])
+    run = tmp_path / "run"
+    loaded = load_run(run)
+    held = {name: entry["options"]["rank"] for name, entry in describe_structures(loaded.model).items()}
+    assert ranks.items() <= held.items()
+    assert (set(held) == set(ranks)) == (method != "cuttlefish")
+    if method == "lora":
+        assert set(ranks) <= set(loaded.layers)
+    else:
+        assert {row["name"]: row["rank"] for row in rows if row["rank"]} == held
+        starts = {row["name"]: row["start_rank"] for row in rows if row["name"] in ranks}
+        assert starts == ranks
     report = verify(run)
     assert report.ok, report
