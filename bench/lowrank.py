@@ -59,7 +59,7 @@ class Network:
     seeds: tuple[int, ...] = SEEDS
 
 
-FINE_TUNING = ("full", "trp-nuclear", "trp", "trp-prox", "trp-spatial", "before", "cuttlefish")
+FINE_TUNING = ("full", "trp-nuclear", "before", "cuttlefish", "trp-mild", "trp-spatial", "trp-prox")
 NETWORKS = {
     "resnet20": Network(3, 624, "resnet20_cifar10.safetensors", 0.02, FINE_TUNING),
     "resnet56": Network(9, 156, "resnet56_cifar10.safetensors", 0.02, FINE_TUNING),
@@ -83,17 +83,17 @@ def runs() -> dict[str, Run]:
     """By name; a run that refers to another comes after it."""
 
     def trp(**options: Any) -> Callable[[int], Any]:
-        return lambda steps: st.TRP(targets=CONVOLUTIONS, tail=0.05, factorize=True, **options)
+        return lambda steps: st.TRP(**{"targets": CONVOLUTIONS, "tail": 0.05, "factorize": True, **options})
 
     def cuttlefish(**options: Any) -> Callable[[int], Any]:
         return lambda steps: st.Cuttlefish(prefix=0, multiple=1, total_steps=steps, **options)
 
     return {
         "full": Run("every weight, dense"),
-        "trp": Run("TRP without penalty, channel", trp(weight=0.0)),
-        "trp-nuclear": Run("TRP, channel", trp()),
-        "trp-prox": Run("TRP, proximal steps, channel", trp(penalty="prox", weight=0.3)),
-        "trp-spatial": Run("TRP, spatial", trp(form="spatial")),
+        "trp-mild": Run("TRP, channel, e = 0.02", trp(tail=0.02)),
+        "trp-nuclear": Run("TRP, channel, e = 0.05", trp()),
+        "trp-prox": Run("TRP, channel, e = 0.02, proximal steps", trp(tail=0.02, penalty="prox", weight=0.3)),
+        "trp-spatial": Run("TRP, spatial, e = 0.05", trp(form="spatial")),
         "before": Run("SVD first, then trained, channel", before=("channel", "trp-nuclear")),
         "cuttlefish": Run("Cuttlefish, ranks by energy", cuttlefish(targets=CONVOLUTIONS, rule="energy")),
         "cuttlefish-scratch": Run("Cuttlefish", cuttlefish(targets=r"layer[23]\.\d+\.conv\d$", period=78)),
