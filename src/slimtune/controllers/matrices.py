@@ -139,7 +139,9 @@ def require_held(found: Sequence[Matrix], optimizer: torch.optim.Optimizer, who:
     return groups
 
 
-def spectra(found: Sequence[Matrix], who: str) -> Iterator[tuple[Matrix, Spectra | None, int, Tensor]]:
+def spectra(
+    found: Sequence[Matrix], who: str, exact: bool = True
+) -> Iterator[tuple[Matrix, Spectra | None, int, Tensor]]:
     """(matrix, `Spectra` of those of its shape, its place there, its `joint` singular values on the CPU), shape by
     shape; without `Spectra` where none were found.
 
@@ -158,18 +160,18 @@ def spectra(found: Sequence[Matrix], who: str) -> Iterator[tuple[Matrix, Spectra
             if not all(finite):
                 bad = ", ".join(m.name for m, good in zip(part, finite, strict=True) if not good)
                 raise DivergenceError(f"{who}: the weights of {bad} are no longer finite")
-            made = _decomposed(M)
+            made = _decomposed(M, exact)
             if made is not None:
                 joint = made.joint.cpu()
                 yield from ((m, made, n, joint[n]) for n, m in enumerate(part))
                 continue
             for n, m in enumerate(part):  # one that fails does not take the others with it
-                alone = _decomposed(M[n : n + 1])
+                alone = _decomposed(M[n : n + 1], True)
                 yield m, alone, 0, torch.zeros(0) if alone is None else alone.joint.cpu()[0]
 
 
-def _decomposed(M: Tensor) -> Spectra | None:
+def _decomposed(M: Tensor, exact: bool) -> Spectra | None:
     try:
-        return Spectra.of(M)
+        return Spectra.of(M, exact)
     except torch.linalg.LinAlgError:
         return None

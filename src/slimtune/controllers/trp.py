@@ -47,9 +47,9 @@ class TRP(Controller):
     takes the meaning of `weight` from it; `penalty="prox"` does not pass through it. Behind batch norm a weight can
     shrink without any effect, and the penalty makes it do so.
 
-    Half-precision weights are projected in fp64 and rounded, so their rank is that only up to rounding. Processes of
-    DistributedDataParallel each do the same to the same weights; they need to be alike for the same bits. Weights
-    sharded by FSDP are refused.
+    It computes in fp32, with a `tail` below 0.001 partly in fp64. Half-precision weights are rounded after it, so their
+    rank is what it is only up to that. Processes of DistributedDataParallel each do the same to the same weights; they
+    need to be alike for the same bits. Weights sharded by FSDP are refused.
 
     Args:
         period: m, optimizer steps between projections.
@@ -156,7 +156,7 @@ class TRP(Controller):
             return
         known = {m.name: self._optimizer.state.get(m.parameter, {}).pop(KEPT, None) for m in self._matrices}
         lacking = [m for m in self._matrices if known[m.name] is None and m.name in self.ranks]
-        for m, found, n, _ in spectra(lacking, "TRP"):
+        for m, found, n, _ in spectra(lacking, "TRP", self._exact):
             if found is not None:
                 known[m.name] = m.back(found.polar(n, self.ranks[m.name]))
         unscale = getattr(self._optimizer, "grad_scale", None)  # a fused optimizer's gradients are still scaled
@@ -194,7 +194,7 @@ class TRP(Controller):
     def _project(self, more: bool = True) -> None:
         """W = D_e(W); `more`: and keep what the step after it adds to the gradient, which else is computed anew."""
         skipped = []
-        for m, found, n, s in spectra(self._matrices, "TRP"):
+        for m, found, n, s in spectra(self._matrices, "TRP", self._exact):
             if found is None:
                 skipped.append(m.name)
                 continue
@@ -216,6 +216,10 @@ class TRP(Controller):
         self._news = {"ranks": dict(self.ranks)}
         if skipped:
             self._news["skipped"] = skipped
+
+    @property
+    def _exact(self) -> bool:
+        return self.tail < 1e-3
 
     def _threshold(self, m: Matrix) -> float:
         """What singular values lose before they are cut."""

@@ -16,10 +16,9 @@ __all__ = ["Spectra"]
 
 @dataclass(frozen=True)
 class Spectra:
-    """Left singular vectors and singular values of M = U diag(s) V^T, falling, in fp64; right ones are never made.
+    """Left singular vectors and singular values of M = U diag(s) V^T, falling; right ones are never made.
 
-    They are those of the smaller side: where M has more rows than columns it is M^T that is decomposed. Values are
-    right to 1e-16 s_1^2 / s_j, so those below some 1e-8 s_1 are noise, as fp32's below 1e-7 are.
+    They are those of the smaller side: where M has more rows than columns it is M^T that is decomposed.
 
     Example:
         >>> M = torch.diag(torch.tensor([3.0, -2.0, 1.0]))[None, None]
@@ -31,21 +30,28 @@ class Spectra:
     """
 
     M: Tensor
+    """(N, G, K, columns or rows)."""
     U: Tensor
     s: Tensor
     turned: bool
 
     @classmethod
-    def of(cls, M: Tensor) -> Spectra:
+    def of(cls, M: Tensor, exact: bool = True) -> Spectra:
         """Of M (N, G, rows, columns).
+
+        Args:
+            exact: in fp64: squares s_j^2 are right to 1e-16 s_1^2. Otherwise in M's own type, in fp32 to some 1e-6
+                s_1^2, which is as good where a share of a thousandth of the squares or more is cut, and takes half as
+                long.
 
         Raises:
             torch.linalg.LinAlgError: it was not found, as where an entry is not finite.
         """
         turned = M.shape[-2] > M.shape[-1]
-        wide = (M.mT if turned else M).double()
+        M = M.mT if turned else M
+        wide = M.double() if exact else M
         values, U = torch.linalg.eigh(wide @ wide.mT)
-        return cls(wide, U.flip(-1), values.flip(-1).clamp_min(0).sqrt(), turned)
+        return cls(M, U.flip(-1).to(M.dtype), values.flip(-1).clamp_min(0).double().sqrt(), turned)
 
     @property
     def joint(self) -> Tensor:
@@ -54,25 +60,30 @@ class Spectra:
 
     def cut(self, n: int, rank: int, less: float = 0.0) -> Tensor:
         """U_R diag(max(s - less, 0)) V_R^T of matrix n, (G, rows, columns): with less = 0 the nearest of that rank."""
-        U = self.U[n, ..., :rank]
-        A = U.mT @ self.M[n]
-        if less:
-            s = self.s[n, :, :rank, None]
-            A = A * torch.where(s > less, 1 - less / s, 0)
-        return self._turned(U @ A)
+        M, rest = self.M[n], self.U[n, ..., rank:]
+        if not less and rest.shape[-1] < rank:
+            return self._turned(M - rest @ (rest.mT @ M))
+        s = self.s[n, :, :rank]
+        return self._turned(self._weighted(n, torch.where(s > less, 1 - less / s, 0)) @ M)
 
     def polar(self, n: int, rank: int) -> Tensor:
         """U_R V_R^T of matrix n, (G, rows, columns); directions whose singular value is 0 are left out."""
-        U, s = self.U[n, ..., :rank], self.s[n, :, :rank, None]
-        return self._turned(U @ (torch.where(s > 0, 1 / s, 0) * (U.mT @ self.M[n])))
+        s = self.s[n, :, :rank]
+        return self._turned(self._weighted(n, torch.where(s > 0, 1 / s, 0)) @ self.M[n])
 
     def tangent(self, n: int, rank: int, D: Tensor) -> Tensor:
         """D - (I - U_R U_R^T) D (I - V_R V_R^T): what of D (G, rows, columns) stays at rank R, to first order."""
-        U, s = self.U[n, ..., :rank], self.s[n, :, :rank, None]
-        Vh = torch.where(s > 0, 1 / s, 0) * (U.mT @ self.M[n])
-        wide = (D.mT if self.turned else D).double()
-        rest = wide - U @ (U.mT @ wide)
-        return self._turned(wide - rest + (rest @ Vh.mT) @ Vh)
+        M, U, rest, s = self.M[n], self.U[n, ..., :rank], self.U[n, ..., rank:], self.s[n, :, :rank]
+        D = (D.mT if self.turned else D).to(M)
+        X = rest.mT @ D  # (G, K - R, columns)
+        V = torch.where(s > 0, 1 / s, 0).to(M)
+        within = (((X @ M.mT) @ (U * V.square()[:, None])) @ U.mT) @ M
+        return self._turned(D - rest @ (X - within))
+
+    def _weighted(self, n: int, f: Tensor) -> Tensor:
+        """U_R diag(f) U_R^T, (G, K, K)."""
+        U = self.U[n, ..., : f.shape[-1]]
+        return (U * f.to(U)[:, None]) @ U.mT
 
     def _turned(self, X: Tensor) -> Tensor:
         return X.mT if self.turned else X
