@@ -4,9 +4,9 @@
     python -m bench.lorae --page    # print the tables of docs/lorae.md
 
 Needs `python examples/prepare_data.py FOLDER mnist` once. The models are the paper's at a quarter of its width and
-latent, trained for a shorter time at a higher rate, all alike. Generators are fitted on training images; every number is of test images.
-Samples are judged by the Frechet distance of the 84 features before the last layer of a LeNet that is trained here:
-these numbers compare only with each other.
+latent, trained for a shorter time at a higher rate, all alike. Generators are fitted on training images; every number
+is of test images. Samples are judged by the Frechet distance of the 84 features before the last layer of a LeNet that
+is trained here: these numbers compare only with each other.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "autoencoder": {"layers": 0, "weight": 0.0},
     "IRMAE, l = 4": {"layers": 4, "start": "linear", "weight": 0.0},
     "LoRAE, nuclear, 1e-3": {"weight": 1e-3},
-    "LoRAE, relative, 1e-3": {"weight": 1e-3, "penalty": "relative"},
+    "LoRAE, ratio, 1e-3": {"weight": 1e-3, "penalty": "ratio"},
     "LoRAE, batch, 1e-3": {"weight": 1e-3, "penalty": "batch"},
 }
 

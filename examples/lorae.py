@@ -2,7 +2,7 @@
 
     python examples/lorae.py                                             # shapes, a few minutes on one core
     python examples/prepare_data.py FOLDER mnist
-    python examples/lorae.py --data mnist --latent 64 --penalty relative --weight 1e-2
+    python examples/lorae.py --data mnist --latent 64 --penalty ratio --weight 1e-2
     python examples/lorae.py --layers 4 --start linear --weight 0        # IRMAE
     python examples/lorae.py --layers 0                                  # a plain autoencoder
 
@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--latent", type=int, default=32)
     parser.add_argument("--layers", type=int, default=1, help="linear maps; 0: a plain autoencoder")
     parser.add_argument("--start", default="orthogonal", help="orthogonal, identity or linear")
-    parser.add_argument("--penalty", default="nuclear", help="nuclear, relative or batch")
+    parser.add_argument("--penalty", default="nuclear", help="nuclear, ratio or batch")
     parser.add_argument("--weight", type=float, default=1e-3)
     parser.add_argument("--width", type=int, default=8, help="channels of the first convolution; the paper's is 32")
     parser.add_argument("--epochs", type=int, default=10)

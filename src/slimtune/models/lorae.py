@@ -251,7 +251,7 @@ def _nuclear(matrices: Sequence[Tensor], z: Tensor) -> Tensor:
     return sum((nuclear_norm(M) for M in matrices), z.new_zeros(()))
 
 
-def _relative(matrices: Sequence[Tensor], z: Tensor) -> Tensor:
+def _ratio(matrices: Sequence[Tensor], z: Tensor) -> Tensor:
     return sum((_share(M) for M in matrices), z.new_zeros(()))
 
 
@@ -264,7 +264,7 @@ def _share(M: Tensor) -> Tensor:
     return nuclear_norm(M) / torch.linalg.matrix_norm(M).clamp_min(torch.finfo(M.dtype).tiny)
 
 
-PENALTIES: dict[str, Penalty] = {"nuclear": _nuclear, "relative": _relative, "batch": _batch}
+PENALTIES: dict[str, Penalty] = {"nuclear": _nuclear, "ratio": _ratio, "batch": _batch}
 
 
 class LoRAELoss(NamedTuple):
@@ -282,16 +282,17 @@ def lorae_loss(
 
     P = sum_j |M_j|_* over all l layers is LoRAE's (arXiv 2310.16194; its code penalises the first layer only).
     It has no minimiser: E -> c E, M -> M / c leaves every output as it is and divides it by c, and training uses that.
-    "relative", sum_j |M_j|_* / |M_j|_F, and "batch", |Z|_* / |Z|_F of the centred latents Z (B, N) of the batch, do not
+    "ratio", sum_j |M_j|_* / |M_j|_F, and "batch", |Z|_* / |Z|_F of the centred latents Z (B, N) of the batch, do not
     change under it; they lie between 1 and sqrt(N) per matrix. Without layers the first two are 0.
 
-    The controller `NuclearNorm` on the model's `maps` is the same penalty for any training loop.
+    The controller `NuclearNorm(["maps.*"], weight)` is the first penalty in any training loop, form="ratio" the second;
+    its proximal form makes ranks that are exactly zero, which a sub-gradient does not.
 
     Args:
         model: the autoencoder.
         x: images, (B, ...).
         weight: lambda. At 0 the penalty is not computed, and the loss is the error to the bit.
-        penalty: "nuclear", "relative", "batch", or a function of ([M_1, ..., M_l], z (B, N)).
+        penalty: "nuclear", "ratio", "batch", or a function of ([M_1, ..., M_l], z (B, N)).
         target: what to reconstruct, by default x.
 
     Returns:
@@ -444,7 +445,7 @@ def latent_report(
         matrix_rank=int((own > matrix_threshold * own.max()).sum()),
         matrix_threshold=matrix_threshold,
         matrix_effective_rank=effective_rank(own),
-        penalties={name: float(PENALTIES[name](matrices, z)) for name in ("nuclear", "relative")},
+        penalties={name: float(PENALTIES[name](matrices, z)) for name in ("nuclear", "ratio")},
         encoder_scale=float(raw.std()),
     )
 
