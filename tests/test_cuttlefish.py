@@ -58,7 +58,7 @@ def make(optimizer="sgd", seed=0, **options):
         made = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-2)
     else:
         made = torch.optim.AdamW(model.parameters(), 3e-3)
-    cuttlefish = st.Cuttlefish(**{"prefix": 0, "total_steps": 40, "multiple": 1, **options})
+    cuttlefish = st.Cuttlefish(**{"prefix": 0, "total_steps": 40, "period": 1, "multiple": 1, **options})
     return model, made, cuttlefish, st.attach(cuttlefish, model, made)
 
 
@@ -428,7 +428,7 @@ def test_the_prefix_ends_at_the_first_stack_that_becomes_faster(monkeypatch):
     assert dense(2.0).dense == ["first", "second"] and list(dense(2.0).history) == ["weigh"]
     assert dense(2.0).speedups == [[["first", "second"], 1.429], [["weigh"], 10.0]]
     assert dense(11.0).dense == ["first", "second", "weigh"]
-    again = st.Cuttlefish(total_steps=40, prefix="auto", multiple=1, speedup=2.0)
+    again = st.Cuttlefish(total_steps=40, period=1, prefix="auto", multiple=1, speedup=2.0)
     again.load_state_dict(json.loads(json.dumps(dense(2.0).state_dict())))
     monkeypatch.setattr(module, "measure", None)  # would be called
     torch.manual_seed(0)
@@ -446,6 +446,11 @@ def test_when_nothing_becomes_faster_it_says_so(monkeypatch):
     assert not any(isinstance(m, Structured) for m in model.modules())
     with pytest.warns(UserWarning, match="no layer would have become smaller, or faster"):
         handle.finish()
+
+
+@pytest.mark.parametrize(("steps", "period"), [(4, 1), (40, 2), (200, 10), (800, 10), (3000, 30)])
+def test_looks_are_a_hundredth_of_the_run_apart(steps, period):
+    assert st.Cuttlefish(total_steps=steps).period == period
 
 
 def test_a_prefix_by_number():
@@ -600,12 +605,23 @@ def test_notes():
 
 
 def test_a_compiled_model_goes_on():
-    torch.manual_seed(0)
-    plain, optimizer, cuttlefish, _ = make(rule="energy", keep=0.5)
-    losses = train(plain, optimizer, 24)
-    model, optimizer, cuttlefish, _ = make(rule="energy", keep=0.5)
-    assert train(torch.compile(model, backend="eager"), optimizer, 24) == losses
-    assert cuttlefish.switched_at < 24
+    def losses(compiled):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 24), nn.Linear(24, 24), nn.Linear(24, 2))
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        st.attach(st.Cuttlefish(total_steps=4, rule="energy", keep=0.5, prefix=0, multiple=1), model, optimizer)
+        run = torch.compile(model, backend="eager") if compiled else model
+        found = []
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss = run(torch.ones(3, 6)).square().mean()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        assert isinstance(model[1], Structured)
+        return found
+
+    assert losses(True) == losses(False)
 
 
 # ---------------------------------------------------------------- decay and rates after the switch
@@ -722,7 +738,7 @@ def test_a_resumed_run_gives_the_same_bits(optimizer, stop, shaped):
     order = [n for held in made.param_groups[0]["params"] for n, p in model.named_parameters() if p is held]
     train(model, made, 8)
 
-    again = st.Cuttlefish(prefix=0, total_steps=40, multiple=1, **options)
+    again = st.Cuttlefish(prefix=0, total_steps=40, period=1, multiple=1, **options)
     if shaped:  # by what a checkpoint says of the shapes, before anything else
         torch.manual_seed(1)
         other = Net()
@@ -748,6 +764,8 @@ def test_a_state_of_another_model_is_refused():
     _, _, cuttlefish, _ = make()
     state = cuttlefish.state_dict()
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
-    other = st.attach(st.Cuttlefish(total_steps=40, prefix=0, multiple=1), model, torch.optim.SGD(model.parameters()))
+    other = st.attach(
+        st.Cuttlefish(total_steps=40, prefix=0, period=1, multiple=1), model, torch.optim.SGD(model.parameters())
+    )
     with pytest.raises(TargetError, match="'second', which this one lacks"):
         other.load_state_dict(state)

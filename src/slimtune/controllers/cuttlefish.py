@@ -237,7 +237,8 @@ class Cuttlefish(Controller):
             convolution in training but the stem (the first convolution; without any, and without embeddings, the first
             layer), the output head, and pointwise convolutions called `SHORTCUTS`.
         exclude: the same forms; what they match is left out.
-        period: optimizer steps between two looks; a hundredth of the run when None.
+        period: optimizer steps between two looks. None for a hundredth of the run, but at least 10 steps or, in runs of
+            less than 200, a twentieth.
         rule: see above. None for "energy" where the weights do not look random when attached (the median of rho over
             that of a random matrix is below a half), else "scaled".
         keep: share in (0, 1] of "accumulative" (0.8 when None) and "energy" (0.9).
@@ -365,7 +366,8 @@ class Cuttlefish(Controller):
         self.total_steps, self.rule, self.keep, self.floor = total_steps, rule, keep, floor
         self.targets = targets if targets is None or isinstance(targets, str) else list(targets)
         self.exclude = exclude if isinstance(exclude, str) else list(exclude)
-        self.period = period or max(1, round((total_steps or 1) / 100))
+        length = total_steps or 1
+        self.period = period or max(1, round(length / 100), min(10, length // 20))
         self.multiple, self.guard, self.form = multiple, guard, form
         self.prefix, self.speedup, self.published = prefix, speedup, published
         self.window = window or (15 if published else 5)
