@@ -103,8 +103,8 @@ class SlimTrainer(Trainer):
             for attached in self.attached:
                 attached.finish()
         if self.args.should_save:
-            for warning in told:
-                print(f"warning: {warning.message}", file=sys.stderr)
+            for text in dict.fromkeys(str(warning.message) for warning in told):
+                print(f"warning: {text}", file=sys.stderr)
         self.attached = []
         return any(type(c).end is not Controller.end for c in self.controllers.values())
 

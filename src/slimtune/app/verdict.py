@@ -8,7 +8,15 @@ from typing import Any
 from slimtune.app.intervals import Difference, difference, interval, paired
 from slimtune.app.record import Record, metric_value, number, rises
 
-NAMES = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA", "full": "Full fine-tuning", "head": "A trained head"}
+NAMES = {
+    "lora": "LoRA",
+    "rslora": "rsLoRA",
+    "dora": "DoRA",
+    "full": "Full fine-tuning",
+    "head": "A trained head",
+    "trp": "TRP",
+    "cuttlefish": "Cuttlefish",
+}
 
 
 @dataclass(frozen=True)
