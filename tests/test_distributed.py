@@ -295,6 +295,27 @@ def test_a_gamma_that_is_tried_is_one_for_all(two):
     close(found[0][1], found[1][1])
 
 
+def lorded():
+    """What LORD makes of this process's share of eight batches."""
+    several = distributed.is_initialized()
+    batches = list(data()[0].split(8))[distributed.get_rank() if several else 0 :: 1 + several]
+    model = network(None)
+    report = st.lord(model, batches, ["0", "2", "4"], keep=0.7)
+    dense = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    errors = [(layer.predicted, layer.measured or 0.0) for layer in report.layers]
+    return report.ranks, dense, errors, dict(model.state_dict())
+
+
+def test_lord_is_that_of_one_process(two):
+    ranks, shapes, errors, tensors = lorded()
+    assert len(ranks) > 1 and all(predicted == pytest.approx(measured, rel=1e-8) for predicted, measured in errors)
+    for found in two(lorded):
+        assert found[:2] == (ranks, shapes)
+        for ours, theirs in zip(errors, found[2], strict=True):
+            assert theirs == pytest.approx(ours, rel=1e-8, abs=1e-8)
+        close(tensors, found[3])
+
+
 # ---------------------------------------------------------------- slimtune train
 
 

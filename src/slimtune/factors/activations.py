@@ -77,8 +77,9 @@ class afm:
             calibration data.
         add_bias: False for layers without a bias to stay so, by the uncentred form.
         form: of convolutions: "channel", a thinner convolution and a pointwise one; "spatial", a vertical and a
-            horizontal one (our reading): A by the principal directions of the outputs that each kernel column alone
-            gives, B by least squares on whole patches; needs moments of the inputs.
+            horizontal one (our reading, not the least possible error): A by the principal directions of the outputs
+            that each kernel column alone gives, or by the SVD of the weight where that is better, B by least squares
+            on whole patches; needs moments of the inputs.
 
     Raises:
         StructureError: an unknown form; a layer without moments, or with moments of the output for the spatial form.
@@ -219,43 +220,56 @@ class afm:
             )
         return entry.moments.to(part.W.device)
 
-    def _vertical(self, part: Part) -> tuple[Tensor, Tensor, Tensor]:
-        """(A (K, C h), the features Z sqrt(C) of its rows, (K, w, I), W sqrt(C), (O, I))."""
+    def _vertical(self, part: Part) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """Candidates, [A (K, C h), the features Z sqrt(C) that its rows give, (K, w, I)], and W sqrt(C), (O, I).
+
+        The second A is that of the plain SVD, so that the error is never above that one's.
+        """
         m, I, w = self._input(part), part.W.shape[1], part.kernel[1]
         C = (m.covariance() if self.is_centred(part) else m.second()).view(I, I)
         column = C.view(I // w, w, I // w, w).diagonal(dim1=1, dim2=3).sum(-1)
-        M = matrices(part, "spatial")[0].double()
+        M, root = matrices(part, "spatial")[0].double(), _root(C)
         U = truncated_svd(M.t() @ _root(column), min(M.shape))[0]
-        A, root = U.t() @ M.t(), _root(C)
-        Z = torch.einsum("kc,cjd->kjd", A, root.view(I // w, w, I))
-        return A, Z, part.W.double() @ root
+        rows = (U.t() @ M.t(), truncated_svd(M, min(M.shape))[0].t())
+        features = root.view(I // w, w, I)
+        return [(A, torch.einsum("kc,cjd->kjd", A, features)) for A in rows], part.W.double() @ root
 
     def _spatial(self, part: Part, rank: int) -> tuple[Structure, Tensor]:
         """The structure, and (W - W') E[x]."""
         (O, I), w = part.W.shape, part.kernel[1]
-        A, Z, target = self._vertical(part)
-        rank = min(rank, len(A))
-        B = target @ torch.linalg.pinv(Z[:rank].reshape(-1, I), rtol=1e-10)  # (O, R w)
-        right = B.view(O, rank, w).permute(1, 0, 2).reshape(1, rank, O * w)
-        structure = thin(part, A[:rank].t()[None].to(part.W), right.to(part.W), "spatial")
+        candidates, target = self._vertical(part)
+        best: tuple[float, Tensor, Tensor] | None = None
+        for A, Z in candidates:
+            Z = Z[:rank].reshape(-1, I)
+            B = target @ torch.linalg.pinv(Z, rtol=1e-10)  # (O, R w)
+            error = float((target - B @ Z).square().sum())
+            if best is None or error < best[0]:
+                best = error, A[:rank], B
+        assert best is not None
+        _, A, B = best
+        right = B.view(O, len(A), w).permute(1, 0, 2).reshape(1, len(A), O * w)
+        structure = thin(part, A.t()[None].to(part.W), right.to(part.W), "spatial")
         mean = self._input(part).mean.flatten()
         return structure, (part.W.double() - structure.dense().double()) @ mean
 
     def _spatial_errors(self, part: Part) -> Tensor:
-        """What is left of W sqrt(C) when the features of one row of A after another are projected out."""
-        _, Z, target = self._vertical(part)
-        target = target.clone()
-        errors, Q = [target.square().sum()], Z.new_zeros(0, Z.shape[-1])
-        least = 1e-10 * float(Z.norm())
-        for block in Z:
-            for _ in range(2):  # once more for what rounding left
-                block = block - (block @ Q.t()) @ Q
-            _, s, V = torch.linalg.svd(block, full_matrices=False)
-            new = V[s > least]
-            Q = torch.cat([Q, new])
-            target -= (target @ new.t()) @ new
-            errors.append(target.square().sum())
-        return torch.stack(errors).cpu()
+        candidates, target = self._vertical(part)
+        return torch.stack([_left_over(Z, target) for _, Z in candidates]).amin(0).cpu()
+
+
+def _left_over(Z: Tensor, target: Tensor) -> Tensor:
+    """|.|^2 of what is left of target (O, I) when the features Z (K, w, I) are projected out, one k after another."""
+    errors, Q = [target.square().sum()], Z.new_zeros(0, Z.shape[-1])
+    least = 1e-10 * float(Z.norm())
+    for block in Z:
+        for _ in range(2):  # once more for what rounding left
+            block = block - (block @ Q.t()) @ Q
+        _, s, V = torch.linalg.svd(block, full_matrices=False)
+        new = V[s > least]
+        Q = torch.cat([Q, new])
+        target = target - (target @ new.t()) @ new
+        errors.append(target.square().sum())
+    return torch.stack(errors)
 
 
 def _split(v: Tensor, part: Part) -> Tensor:
