@@ -1,7 +1,7 @@
 """LORD against plain SVD on real models: what one shot costs, and what a short adapter training gives back.
 
     python -m bench.lord                                   # every result that is missing
-    python -m bench.lord --parts llama --seeds 0 --steps 60
+    python -m bench.lord --parts llama --seeds 0 --steps 200
     python -m bench.lord --page                            # print the tables of docs/compression.md, draw the picture
 
 Needs `python examples/prepare_data.py FOLDER tinystories trec` once; a part whose data is absent is skipped and says
@@ -102,7 +102,7 @@ class Llama:
 
     folder: str
     metric = "perplexity"
-    learning_rate = 2e-3
+    learning_rate = 1e-3
 
     @property
     def needs(self) -> list[Path]:
@@ -212,11 +212,19 @@ def recover(task: Any, model: nn.Module, batches: Iterator[Batch], steps: int) -
     return task.measure(model)
 
 
-def run(name: str, seed: int, told: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> None:
-    """One model and seed, row by row."""
+def run(
+    name: str,
+    seed: int,
+    told: argparse.Namespace,
+    before: dict[str, Any] | None,
+    save: Callable[[dict[str, Any]], None],
+) -> None:
+    """One model and seed, row by row; those of a run that was cut short are kept."""
+    if before and [(row["way"], row["keep"]) for row in before["rows"]] == [(w, k) for k in KEEPS for w in WAYS]:
+        return
     task, clock = MODELS[name], time.time()
     model, calibration, _ = task.start(seed, told)
-    result: dict[str, Any] = {
+    result: dict[str, Any] = before or {
         "model": name,
         "seed": seed,
         "metric": task.metric,
@@ -227,9 +235,12 @@ def run(name: str, seed: int, told: argparse.Namespace, save: Callable[[dict[str
         "rows": [],
     }
     again = partial(_training_of, task, seed, told)
-    result["dense_recovered"] = recover(task, copy.deepcopy(model), again(), told.steps)
+    if "dense_recovered" not in result:
+        result["dense_recovered"] = recover(task, copy.deepcopy(model), again(), told.steps)
     for keep in KEEPS:
         for key, way in WAYS.items():
+            if any((row["way"], row["keep"]) == (key, keep) for row in result["rows"]):
+                continue
             other, start = copy.deepcopy(model), time.time()
             way.compress(other, calibration, keep)
             row: dict[str, Any] = {"way": key, "keep": keep, "seconds": round(time.time() - start, 2)}
@@ -237,7 +248,9 @@ def run(name: str, seed: int, told: argparse.Namespace, save: Callable[[dict[str
             if way.recovered:
                 row["recovered"] = recover(task, other, again(), told.steps)
             result["rows"].append(row)
-            result["seconds"] = round(time.time() - clock, 1)
+            result["rows"].sort(key=lambda row: (-row["keep"], list(WAYS).index(row["way"])))
+            result["seconds"] = round(result.get("seconds", 0.0) + time.time() - clock, 1)
+            clock = time.time()
             print(name, seed, {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
             save(result)
 
@@ -373,7 +386,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default="linear,time,llama,minilm")
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
-    parser.add_argument("--steps", type=int, default=60, help="of the adapter")
+    parser.add_argument("--steps", type=int, default=40, help="of the adapter")
     parser.add_argument("--fine-tuning", type=int, default=150, help="steps that make the classifier")
     parser.add_argument("--calibration", type=int, default=128, help="sequences; times 8 for MiniLM's short ones")
     parser.add_argument("--test", type=int, default=100, help="sequences of 256 tokens that the Llamas are tested on")
@@ -393,14 +406,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if told.again or not path.exists():
                 path.write_text(json.dumps(TIMES[part](), indent=1) + "\n")
             continue
-        for name in PARTS[part]:
-            if missing := [str(p) for p in MODELS[name].needs if not p.exists()]:
-                print(f"{name}: skipped, {missing[0]} is missing; see examples/prepare_data.py")
-                continue
-            for seed in map(int, told.seeds.split(",")):
+        for seed in map(int, told.seeds.split(",")):
+            for name in PARTS[part]:
+                if missing := [str(p) for p in MODELS[name].needs if not p.exists()]:
+                    print(f"{name}: skipped, {missing[0]} is missing; see examples/prepare_data.py")
+                    continue
                 path = RESULTS / f"{name}-{seed}.json"
-                if told.again or not path.exists():
-                    run(name, seed, told, lambda row, path=path: path.write_text(json.dumps(row, indent=1) + "\n"))
+                before = json.loads(path.read_text()) if path.exists() and not told.again else None
+                run(name, seed, told, before, lambda row, path=path: path.write_text(json.dumps(row, indent=1) + "\n"))
 
 
 if __name__ == "__main__":
