@@ -186,6 +186,24 @@ METHODS = [
     Method("bone-left", lambda **o: st.bone(rank=2, form="left", **o), kept=lambda t, o, i: 8 * o, outputs=1),
     Method("kronecker", lambda **o: st.kronecker(**o), parameters=lambda o, i: o + i),
     Method(
+        "kronecker-sum",
+        lambda **o: replace(st.kronecker(**o), structure=st.KroneckerSum, options={"rank": 2}),
+        kept=lambda t, o, i: t * max(o, i) * 4 + thin_or_dense(t, o, i),
+        outputs=2,
+    ),
+    Method(
+        "interpolative",
+        lambda **o: replace(st.kronecker(**o), structure=st.Interpolative, options={"rank": 2}),
+        parameters=lambda o, i: 2 * (o + i - 2),
+        outputs=2,
+    ),
+    Method(
+        "interpolative-columns",
+        lambda **o: replace(st.kronecker(**o), structure=st.Interpolative, options={"rank": 2, "side": "columns"}),
+        parameters=lambda o, i: 2 * (o + i - 2),
+        kept=lambda t, o, i: t * i + 2 * t * 3 + 4 * (o + i) * 3 + 8 * o,
+    ),
+    Method(
         "lokr",
         lambda **o: st.lokr(rank=2, decompose_both=True, **o),
         lambda peft, **o: peft.LoKrConfig(r=2, alpha=2, decompose_both=True, **o),

@@ -1,5 +1,6 @@
 """Layer 0: tensors in, tensors out."""
 
+from . import decompositions
 from .centred import centred_factors, centred_linear
 from .circulant import (
     block_circulant_gradient,
@@ -60,6 +61,7 @@ __all__ = [
     "circulant_matrix",
     "circulant_product",
     "column_square_after_update",
+    "decompositions",
     "diagonal_linear",
     "diagonal_totals",
     "displaced_matrix",

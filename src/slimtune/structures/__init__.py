@@ -7,9 +7,11 @@ from .centred import CentredLowRank
 from .circulant import LDR, Circulant
 from .gated import GatedHeads
 from .hadamard import Hadamard
+from .interpolative import Interpolative
 from .kernels import GroupedLowRank, SeparableKernel
 from .khatrirao import KhatriRao
 from .kronecker import Kronecker
+from .kroneckersum import KroneckerSum
 from .ldu import LDU
 from .lowrank import LowRank
 from .sum import Sum
@@ -29,8 +31,10 @@ __all__ = [
     "GatedHeads",
     "GroupedLowRank",
     "Hadamard",
+    "Interpolative",
     "KhatriRao",
     "Kronecker",
+    "KroneckerSum",
     "LowRank",
     "SeparableKernel",
     "Structure",

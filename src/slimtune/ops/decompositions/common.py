@@ -101,7 +101,7 @@ def settled(trace: list[Tensor], half_steps: int, scale: Tensor, tolerance: floa
 
 
 def shared_rows(D: Tensor, T: Tensor, ridge: float) -> Tensor:
-    """C (*, M, K), argmin_C |C D - T|^2 + ridge |C|^2 for D (*, K, N), T (*, M, N); the smallest one if D is deficient."""
+    """C (*, M, K), the smallest argmin_C |C D - T|^2 + ridge |C|^2 for D (*, K, N), T (*, M, N)."""
     U, s, Vh = torch.linalg.svd(D, full_matrices=False)
     floor = s[..., :1] * (max(D.shape[-2:]) * torch.finfo(s.dtype).eps)
     gain = torch.where(s > floor, s / (s.square() + ridge), 0.0)
@@ -111,8 +111,8 @@ def shared_rows(D: Tensor, T: Tensor, ridge: float) -> Tensor:
 def weighted_rows(D: Tensor, P: Tensor, T: Tensor, ridge: float) -> Tensor:
     """C (*, M, K): row c_m = (D diag(p_m) D^T + ridge I)^-1 D t_m, for D (*, K, N), P (*, M, N), T (*, M, N).
 
-    With p = o h^2 and t = o h a it minimises sum_n o_n (h_n (c D)_n - a_n)^2 + ridge |c|^2. Where the system is singular
-    the smallest solution is taken.
+    With p = o h^2 and t = o h a it minimises sum_n o_n (h_n (c D)_n - a_n)^2 + ridge |c|^2. The smallest
+    solution is taken where the system is singular.
     """
     K, N = D.shape[-2:]
     rhs = T @ D.mT
@@ -140,10 +140,9 @@ def _solved(G: Tensor, rhs: Tensor, ridge: float) -> Tensor:
     sound = (info == 0) & (d.amin(-1) > 1e-7 * d.amax(-1))
     if bool(sound.all()):
         return torch.cholesky_solve(rhs[..., None], L)[..., 0]
-    C = torch.cholesky_solve(rhs[..., None], torch.where(sound[..., None, None], L, torch.eye(L.shape[-1]).to(L)))[
-        ..., 0
-    ]
     bad = ~sound
+    L = torch.where(bad[..., None, None], torch.eye(L.shape[-1]).to(L), L)
+    C = torch.cholesky_solve(rhs[..., None], L)[..., 0]
     values, Q = torch.linalg.eigh(G[bad])
     floor = values[:, -1:].clamp_min(0) * (G.shape[-1] * torch.finfo(G.dtype).eps)
     kept = values > floor

@@ -62,9 +62,9 @@ def gradient_descent(
 ) -> Factorization:
     """The objective of `als` by gradient descent on W and Z together.
 
-    Each matrix of the batch has its own step size: a step that would raise its objective is not taken and halves it, one
-    that is taken lengthens it by a tenth; the first is 1 / (4 |A|_F). So the objective never rises. `als` needs far
-    fewer steps; this is for comparison, and a start for what has no closed form.
+    Each matrix of the batch has its own step size: a step that would raise its objective is not taken and halves it,
+    one that is taken lengthens it by a tenth; the first is 1 / (4 |A|_F). So the objective never rises. `als` needs
+    far fewer steps; this is for comparison, and a start for what has no closed form.
 
     Args:
         ridge, weights: as in `als`.
@@ -135,13 +135,14 @@ def stochastic_descent(
     batch: int = 1,
     seed: int = 0,
 ) -> BiasedFactorization:
-    """Stochastic gradient descent over the observed entries of one matrix, with or without biases: of entry (m, n), with
-    e = mu + b_m + c_n + w_m . z_n - a_mn,
+    """Stochastic gradient descent over the observed entries of one matrix, with or without biases: of entry (m, n),
+    with e = mu + b_m + c_n + w_m . z_n - a_mn,
 
-        w_m -= eta (e z_n + l_w w_m),  z_n -= eta (e w_m + l_z z_n),  b_m -= eta (e + l_w b_m),  c_n -= eta (e + l_z c_n),
+        w_m -= eta (e z_n + l_w w_m),  z_n -= eta (e w_m + l_z z_n),
+        b_m -= eta (e + l_w b_m),      c_n -= eta (e + l_z c_n),
 
-    all with the values before the step. It is a gradient step of e^2 / 2 and half the ridges; an entry that is seen more
-    often is also shrunk more often. mu is the mean of the observed entries, or 0 without biases. Not monotone.
+    all with the values before the step. It is a gradient step of e^2 / 2 and half the ridges; a row that is observed
+    more often is also shrunk more often. mu is the mean of the observed entries, or 0 without biases. Not monotone.
 
     Args:
         ridge: (l_w, l_z).
@@ -153,8 +154,8 @@ def stochastic_descent(
         seed: of the start N(0, 0.1^2) and the orders.
 
     Returns:
-        The factors and biases; the mean squared error of the observed entries after each epoch. `converged`: whether the
-        last epoch changed it by at most a thousandth.
+        The factors and biases; the mean squared error of the observed entries after each epoch. `converged`: whether
+        the last epoch changed it by at most a thousandth.
 
     Raises:
         StructureError: a batch of matrices, a mask of another shape or of nothing, counts below 1, negative ridges.
@@ -199,9 +200,7 @@ def stochastic_descent(
         error = (mean + b[:, None] + c + W @ Z.t()).flatten()[seen] - values[seen]
         trace.append(error.square().mean())
         if not bool(torch.isfinite(trace[-1])):
-            raise DivergenceError(
-                f"{what}: the factors are no longer finite after {len(trace)} epochs; lower rate={rate}"
-            )
+            raise DivergenceError(f"{what}: the factors are not finite after {len(trace)} epochs; lower rate={rate}")
     done = len(trace) > 1 and bool((trace[-1] - trace[-2]).abs() <= 1e-3 * trace[-2])
     W, Zt, mean, b, c = (narrowed(t, A) for t in (W, Z.t().contiguous(), mean, b, c))
     return BiasedFactorization(W, Zt, mean, b, c, torch.stack(trace), done)

@@ -60,18 +60,15 @@ class _Problem:
         return error + ridge * sum(map(square, f)) if ridge else error
 
     def warm(self, generator: torch.Generator) -> Four:
-        """C1 D1 the truncated singular value decomposition, C2 D2 = 1: the first column of C2 and row of D2 are ones, the
-        other columns 0.05 N(0, 1) and the other rows zero."""
+        """C1 D1 the truncated singular value decomposition, C2 D2 = 1: of C2 the first column is ones and the others
+        0.05 N(0, 1), of D2 the first row is ones and the others zero."""
         U, s, Vh = torch.linalg.svd(self.X * (self.o > 0), full_matrices=False)
-        M, N = self.X.shape[-2:]
-        root = s[..., : self.K1].sqrt()
-        C1, D1 = (drawn(s, self.X, generator) * 0 for s in self._shapes()[:2])  # of K1 > min(M, N) the rest is zero
-        C1[..., : root.shape[-1]], D1[..., : root.shape[-1], :] = (
-            U[..., : self.K1] * root[..., None, :],
-            root[..., None] * Vh[..., : self.K1, :],
-        )
+        U, Vh, root = U[..., : self.K1], Vh[..., : self.K1, :], s[..., : self.K1].sqrt()
+        few = root.shape[-1]  # below K1 where that is above min(M, N): the rest is zero
+        C1, D1 = (self.X.new_zeros(shape) for shape in self._shapes()[:2])
+        C1[..., :few], D1[..., :few, :] = U * root[..., None, :], root[..., None] * Vh
         C2 = 0.05 * drawn(self._shapes()[2], self.X, generator)
-        D2 = torch.zeros_like(drawn(self._shapes()[3], self.X, generator))
+        D2 = self.X.new_zeros(self._shapes()[3])
         C2[..., 0], D2[..., 0, :] = 1.0, 1.0
         return C1, D1, C2, D2
 
@@ -125,8 +122,9 @@ def hadamard_als(
     descend by gradients and know no closed form; this is one, block by block. The objective never rises, from half-step
     to half-step, but sticks in local minima: take several starts, and let `hadamard_descent` polish.
 
-    The first start is C1 D1 = the truncated singular value decomposition of rank K1 (missing entries as 0) and C2 D2 = 1,
-    so that without weights the result is never worse than that of rank K1, up to the ridge. The others are random.
+    The first start is C1 D1 = the truncated singular value decomposition of rank K1 (missing entries as 0) and
+    C2 D2 = 1, so that without weights the result is never worse than that of rank K1, up to the ridge. The others
+    are random.
 
     A sweep costs 2 M N (K1^2 + K2^2) multiply-adds and (M + N) small systems for each rank.
 
@@ -238,12 +236,12 @@ def hadamard_descent(
     steps: int = 2000,
     tolerance: float = 1e-8,
 ) -> HadamardFactors:
-    """Minimise sum_mn o_mn ((C1 D1)_mn (C2 D2)_mn - a_mn)^2 from a start, by gradients: the polish after `hadamard_als`.
+    """Minimise sum_mn o_mn ((C1 D1)_mn (C2 D2)_mn - a_mn)^2 from a start: the polish after `hadamard_als`.
 
     Ciaperoni, Gionis and Mannila 2024: each factor moves by `rate` times its gradient divided by the gradient's norm,
     all four at once here, in units where A has root mean square 1 and the factors equal norms. A step that would raise
-    the objective is not taken and halves the rate; one that is taken lengthens it by a twentieth. So the objective never
-    rises.
+    the objective is not taken and halves the rate; one that is taken lengthens it by a twentieth. So the objective
+    never rises.
 
     Args:
         start: (C1, D1, C2, D2), such as the first four of what `hadamard_als` returns.

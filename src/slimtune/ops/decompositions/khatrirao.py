@@ -81,8 +81,8 @@ def khatri_rao_svd(A: Tensor, sizes: Sequence[int], rank: int = 1) -> KhatriRaoF
 def khatri_rao_als(
     A: Tensor, sizes: Sequence[int], sweeps: int = 200, tolerance: float = 1e-12, seed: int | None = None
 ) -> KhatriRaoFactors:
-    """One Khatri-Rao product of two or more factors: each column's best product of vectors, by alternating least squares:
-    f_j <- <X_n, (x)_{i != j} f_i> / prod_{i != j} |f_i|^2.
+    """One Khatri-Rao product of two or more factors: each column's best product of vectors, by alternating least
+    squares: f_j <- <X_n, (x)_{i != j} f_i> / prod_{i != j} |f_i|^2.
 
     The objective |A - F_1 kr F_2 ...|_F^2 never rises, from factor to factor. With two factors the limit is that of
     `khatri_rao_svd`; with more it is a local minimum.

@@ -187,7 +187,7 @@ def _strong(X: Tensor, K: int, bound: float, swaps: int) -> tuple[Tensor, list[f
 
 @torch.no_grad()
 def qlp(A: Tensor, rank: int | None = None) -> Triangular:
-    """A ~ U L V^T with L lower triangular, a UTV decomposition: pivoted QR of A, then of the transposed R (Stewart 1999).
+    """A ~ U L V^T with L lower triangular, a UTV decomposition: pivoted QR of A, then of R^T (Stewart 1999).
 
     The diagonal of L follows the singular values more closely than that of R, at the cost of two QR decompositions.
     The error is that of `pivoted_qr` at the same rank.
