@@ -55,6 +55,7 @@ def test_every_public_name_is_in_the_reference() -> None:
         "docs/methods.md",
         "docs/adaptive.md",
         "docs/compression.md",
+        "docs/lorae.md",
         "docs/huggingface.md",
     ],
 )
