@@ -180,12 +180,22 @@ def inspect(
     run: Run,
     model: Base = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    spectra: Annotated[
+        bool, typer.Option("--spectra", help="Singular values: what each rank would save and cost.")
+    ] = False,
+    picture: Annotated[Path | None, typer.Option("--picture", help="Draw them: a .png or .svg file.")] = None,
 ) -> None:
     """Show what an adapter or a model holds: method, ranks, sizes and norms by layer."""
+    if picture is not None:
+        from slimtune.app.spectra_picture import check_picture
+
+        check_picture(picture)
     from slimtune.app.inspect import inspect as look
 
-    found = look(run, model)
+    found = look(run, model, spectrum=spectra or picture is not None)
     print(found.to_json()) if json else found.print()
+    if picture is not None:
+        found.picture(picture)
 
 
 @app.command()

@@ -6,12 +6,15 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slimtune.app import spectra
+from slimtune.app.calibration import meter
 from slimtune.app.loading import find, load_run
-from slimtune.errors import FileFormatError, SlimtuneError
+from slimtune.app.spectra import Spectrum
+from slimtune.errors import ConfigError, FileFormatError, SlimtuneError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -28,6 +31,7 @@ class Row:
         relative: norm over that of W.
         stable_rank: |dW|_F^2 / |dW|_2^2, at most the rank.
         options: of the structure, as chosen for this layer.
+        spectrum: of the weight, or dW, where it was asked for.
     """
 
     name: str
@@ -39,6 +43,7 @@ class Row:
     relative: float | None = None
     stable_rank: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    spectrum: Spectrum | None = None
 
 
 @dataclass
@@ -55,7 +60,31 @@ class Inspection:
 
     def to_json(self) -> str:
         """The same as JSON text."""
-        return json.dumps(asdict(self), indent=1)
+        plain = asdict(replace(self, rows=[replace(row, spectrum=None) for row in self.rows]))
+        for row, found in zip(plain["rows"], self.rows, strict=True):
+            del row["spectrum"]
+            if found.spectrum is not None:
+                row["spectrum"] = found.spectrum.facts()
+        if known := self._spectra():
+            plain["spectra"] = [vars(spectra.together(known, energy)) for energy in spectra.ENERGIES]
+        return json.dumps(plain, indent=1)
+
+    def _spectra(self) -> list[Spectrum]:
+        return [row.spectrum for row in self.rows if row.spectrum is not None]
+
+    def picture(self, path: Path) -> None:
+        """Draw the spectra and what ranks would save and cost, as PNG or SVG.
+
+        Raises:
+            ConfigError: another suffix, no such folder, nothing to draw, or matplotlib is missing.
+        """
+        from slimtune.app.spectra_picture import check_picture, draw
+
+        check_picture(path)
+        found = {row.name: row.spectrum for row in self.rows if row.spectrum is not None}
+        if not found:
+            raise ConfigError(f"--picture: {self.path} holds no matrix whose singular values could be drawn")
+        draw(found, path, self.kind == "adapter")
 
     def print(self) -> None:
         """The table, on a terminal fitted to its width: names lose their beginning, then columns go."""
@@ -69,30 +98,43 @@ class Inspection:
         from rich.table import Table
 
         console = Console(highlight=False)
-        cells, shown = [HEADS, *(_cells(row) for row in self.rows)], list(range(len(HEADS)))
-        widths = [max(len(line[i]) for line in cells) for i in shown]
-        for dropped in (4, 5):
-            if widths[0] + sum(widths[i] + 2 for i in shown[1:]) > console.width:
-                shown.remove(dropped)
-        room = max(24, console.width - sum(widths[i] + 2 for i in shown[1:]))
-        table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-        for i in shown:
-            table.add_column(HEADS[i], justify="left" if i < 2 else "right", no_wrap=True)
-        for name, *rest in cells[1:]:
-            line = [name if len(name) <= room else "…" + name[1 - room :], *rest]
-            table.add_row(*(escape(line[i]) for i in shown))
-        console.print(table)
-        for text in self._summary():
-            console.print(text, markup=False)
+        for heads, lines in self._tables():
+            cells, shown = [heads, *lines], list(range(len(heads)))
+            widths = [max(len(line[i]) for line in cells) for i in shown]
+            for dropped in (4, 5) if heads is HEADS else ():
+                if widths[0] + sum(widths[i] + 2 for i in shown[1:]) > console.width:
+                    shown.remove(dropped)
+            room = max(24, console.width - sum(widths[i] + 2 for i in shown[1:]))
+            table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+            for i in shown:
+                table.add_column(heads[i], justify="left" if i < 2 else "right", no_wrap=True)
+            for name, *rest in lines:
+                line = [name if len(name) <= room else "…" + name[1 - room :], *rest]
+                table.add_row(*(escape(line[i]) for i in shown))
+            console.print(table)
+            for text in self._summary() if heads is HEADS else spectra.summary(self._spectra()):
+                console.print(text, markup=False)
+
+    def _tables(self) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
+        """(heads, lines): what there is, and its spectra if they were asked for."""
+        known = [row for row in self.rows if row.spectrum is not None]
+        found: list[tuple[tuple[str, ...], list[tuple[str, ...]]]] = [(HEADS, [_cells(row) for row in self.rows])]
+        return [*found, (spectra.HEADS, [spectra.cells(row) for row in known])] if known else found
 
     def __str__(self) -> str:
-        table = [HEADS, *(_cells(row) for row in self.rows)]
-        widths = [max(len(line[i]) for line in table) for i in range(len(HEADS))]
-        lines = [
-            "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-            for line in table
-        ]
-        return "\n".join([*(line.rstrip() for line in lines), *self._summary()])
+        blocks = []
+        for heads, rows in self._tables():
+            table = [heads, *rows]
+            widths = [max(len(line[i]) for line in table) for i in range(len(heads))]
+            lines = [
+                "  ".join(
+                    c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
+                )
+                for line in table
+            ]
+            texts = self._summary() if heads is HEADS else spectra.summary(self._spectra())
+            blocks.append("\n".join([*(line.rstrip() for line in lines), *texts]))
+        return "\n\n".join(blocks)
 
     def _summary(self) -> list[str]:
         base = f" on {self.base}" if self.base else ""
@@ -108,11 +150,13 @@ class Inspection:
 HEADS = ("layer", "method", "rank", "parameters", "bytes", "|dW|", "|dW|/|W|", "stable rank")
 
 
-def inspect(path: str | Path, model: str | None = None) -> Inspection:
-    """Describe a run, adapter or model folder.
+def inspect(path: str | Path, model: str | None = None, *, spectrum: bool = False) -> Inspection:
+    """Describe a run, adapter, model or compressed folder.
 
     Args:
         model: the base model, if not the one the folder names.
+        spectrum: compute the singular values of every weight, embeddings and a language model's head apart, or of an
+            adapter's every dW; for large models that takes a while.
 
     Raises:
         ConfigError: not such a folder.
@@ -120,20 +164,27 @@ def inspect(path: str | Path, model: str | None = None) -> Inspection:
     """
     place = find(path)
     if place.kind == "model":
-        return _inspect_model(place.folder, str(path))
-    return _inspect_adapter(place.folder, str(path), model)
+        from slimtune.compressed import is_compressed
+
+        if is_compressed(place.folder):
+            return _inspect_compressed(place.folder, str(path), model, spectrum)
+        return _inspect_model(place.folder, str(path), spectrum)
+    return _inspect_adapter(place.folder, str(path), model, spectrum)
 
 
-def _inspect_adapter(folder: Path, path: str, model: str | None) -> Inspection:
+def _inspect_adapter(folder: Path, path: str, model: str | None, spectrum: bool) -> Inspection:
     from slimtune import io
 
     description, tensors, manifest = io.read_description(folder)
     notes: list[str] = []
     measured: dict[str, tuple[float, float, float]] = {}
+    found: dict[str, Spectrum] = {}
     try:
         loaded = load_run(path, model)
         measured = changes(loaded.model)
         notes += loaded.warnings
+        if spectrum:
+            found = spectra_of_changes(loaded.model)
     except SlimtuneError as error:
         notes.append(f"no norms: the base model is not at hand ({error})")
     rows = []
@@ -144,7 +195,8 @@ def _inspect_adapter(folder: Path, path: str, model: str | None) -> Inspection:
         options = dict(entry.recipe.options)
         rank, trained = _built(entry, held)
         size = _size(list(held.values()))[1]
-        rows.append(Row(name, entry.recipe.name, rank, trained, size, norm, share, stable, options))
+        values = replace(found[name], parameters=trained) if name in found else None
+        rows.append(Row(name, entry.recipe.name, rank, trained, size, norm, share, stable, options, values))
     for name in description.saved:
         own = [t for key, t in tensors.items() if key.startswith(f"{name}.saved.")]
         rows.append(Row(name, "full", None, *_size(own), *measured.get(name, (None, None, None))))
@@ -168,15 +220,61 @@ def _built(entry: LayerEntry, tensors: Mapping[str, Tensor]) -> tuple[int | None
     return adapter.structure.rank, sum(tensors[key].numel() for key, _ in adapter.named_parameters() if key in tensors)
 
 
-def _inspect_model(folder: Path, path: str) -> Inspection:
+def _inspect_model(folder: Path, path: str, spectrum: bool) -> Inspection:
     rows = []
-    for key, tensor in _tensors(folder):
-        kind, (count, size) = str(tensor.dtype).removeprefix("torch."), _size([tensor])
-        rank = _stable_rank(tensor.float().flatten(1)) if tensor.dim() > 1 else None
-        rows.append(Row(key, kind, None, count, size, float(tensor.float().norm()), None, rank))
+    with meter("singular values") as progress:
+        for i, (key, tensor) in enumerate(_tensors(folder)):
+            rows.append(_tensor_row(key, tensor, spectrum))
+            if spectrum:
+                progress(i + 1, 0)
     size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     notes = ["|dW| and the stable rank are of the weight itself"]
     return Inspection(path, "model", None, rows, sum(row.parameters for row in rows), size, notes)
+
+
+def _tensor_row(key: str, tensor: Tensor, spectrum: bool) -> Row:
+    kind, (count, size) = str(tensor.dtype).removeprefix("torch."), _size([tensor])
+    rank = _stable_rank(tensor.float().flatten(1)) if tensor.dim() > 1 else None
+    values = None
+    if spectrum and tensor.is_floating_point() and tensor.dim() > 1 and not _is_table(key):
+        matrix = tensor.flatten(1)
+        values = spectra.spectrum_of(matrix) if min(matrix.shape) > 1 and matrix.isfinite().all() else None
+    return Row(key, kind, None, count, size, float(tensor.float().norm()), None, rank, spectrum=values)
+
+
+def _is_table(key: str) -> bool:
+    """Whether a tensor is a table of embeddings, or a language model's head, by its name."""
+    parts = key.split(".")
+    return any("emb" in part or part in ("wte", "wpe", "lm_head") for part in parts)
+
+
+def _inspect_compressed(folder: Path, path: str, model: str | None, spectrum: bool) -> Inspection:
+    from slimtune.compress import structured_layers
+    from slimtune.compressed import read_compressed
+
+    stored = read_compressed(folder)
+    loaded = load_run(path, model)
+    rows = []
+    layers = structured_layers(loaded.model)
+    with meter("singular values") as progress:
+        for name, layer in layers.items():
+            structure = layer.structure
+            held: list[Tensor] = [*structure.parameters()]
+            count, size = _size(held)
+            W = structure.dense().detach().float()
+            values = spectra.spectrum_of(W, count) if spectrum and min(W.shape) > 1 else None
+            rank = getattr(structure, "rank", None)
+            options = {key: value for key, value in structure.options().items() if key != "rank"}
+            norms = (float(W.norm()), None, _stable_rank(W))
+            rows.append(Row(name, type(structure).__name__, rank, count, size, *norms, options, values))
+            if spectrum:
+                progress(len(rows), len(layers))
+        for key, tensor in stored.each():
+            if not key.startswith(tuple(f"{name}.structure." for name in layers)):
+                rows.append(_tensor_row(key, tensor, spectrum))
+    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    notes = ["|dW| and the stable rank are of the weight itself", *loaded.warnings]
+    return Inspection(path, "compressed model", None, rows, sum(row.parameters for row in rows), size, notes)
 
 
 def finite_tensors(folder: Path) -> tuple[int, list[str]]:
@@ -219,6 +317,30 @@ def changes(model: nn.Module, ranks: bool = True) -> dict[str, tuple[float, floa
             change = host.map().weight().float() - before
             norm = float(change.norm())
             found[name] = (norm, norm / max(float(before.norm()), 1e-30), _stable_rank(change) if ranks else 0.0)
+    return found
+
+
+def spectra_of_changes(model: nn.Module) -> dict[str, Spectrum]:
+    """The singular values of dW of every adapted layer. Where adapters are added to the weight dW is their sum, and
+    elsewhere a difference, whose values below some 1e-7 of the weight's are rounding."""
+    import torch
+
+    from slimtune.compositions import Additive
+    from slimtune.targets import hosts
+
+    found = {}
+    with torch.no_grad(), meter("singular values") as progress:
+        layers = hosts(model)
+        for i, (name, host) in enumerate(layers.items()):
+            own: list[Any] = [host.adapters[key] for key in host.active_adapters]
+            if own and all(isinstance(getattr(a, "composition", None), Additive) for a in own):
+                change = torch.stack([a.dense().double() for a in own]).sum(0)
+            else:
+                before = host.layout(host).weight().float()
+                change = host.map().weight().float() - before
+            if min(change.shape) > 1:
+                found[name] = spectra.spectrum_of(change)
+            progress(i + 1, len(layers))
     return found
 
 
