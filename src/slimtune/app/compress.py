@@ -141,7 +141,8 @@ class _Compression:
         numbers = sum(p.numel() for p in self.model.parameters())
         plan = planning.new_plan(reasons, self.statistics.price, numbers)
         free, keep = planning.shared_out(self.cfg, plan, given)
-        planning.decide(plan, allocated(self.cfg, free, keep), given)
+        weights = self.statistics.weights(free, keep)
+        planning.decide(plan, allocated(self.cfg, free, keep, weights), given)
         return plan
 
     def _check_room(self, plan: Plan) -> None:

@@ -130,8 +130,7 @@ def load_compress_config(path: str | Path | None, overrides: Sequence[str] = ())
 
 @cache
 def factor_options() -> dict[str, tuple[str, ...]]:
-    """What `slimtune.factors` offers and its options, read from the source: importing it would import torch. What
-    works from statistics only is not among them."""
+    """What `slimtune.factors` offers and its options, read from the source: importing it would import torch."""
     found: dict[str, tuple[str, ...]] = {}
     for source in sorted((Path(__file__).parent.parent / "factors").glob("*.py")):
         for node in ast.parse(source.read_text(encoding="utf-8")).body:
@@ -158,8 +157,8 @@ def _options(node: ast.ClassDef | ast.FunctionDef) -> tuple[str, ...]:
 
 def method_options() -> dict[str, tuple[str, ...]]:
     """The methods there are, each with its options."""
-    found = factor_options()
-    lord = tuple(name for name in found.pop("afm", ()) if name not in ("moments", "stats", "form"))
+    found = dict(factor_options())
+    lord = tuple(name for name in found.pop("afm", ()) if name not in ("moments", "form"))
     return {LORD: lord, **found}
 
 

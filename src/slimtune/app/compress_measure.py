@@ -77,6 +77,12 @@ def score(task: Task, rows: Any, size: int, device: torch.device, done: Callable
     return Scores({**{k: float(v) for k, v in metrics.items()}, "samples": len(rows)}, right)
 
 
+def mean_loss(task: Task, batches: Sequence[Batch], device: torch.device) -> float:
+    """The loss of the model as it is, mean over batches."""
+    with evaluating(task.model):
+        return statistics.fmean(float(_loss(task, to_device(batch, device))[0]) for batch in batches)
+
+
 def _loss(task: Task, batch: Batch) -> tuple[Tensor, Any]:
     if task.loss is not None:
         loss, outputs = task.loss(task.model, batch, True)

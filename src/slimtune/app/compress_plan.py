@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimtune.allocate.compression import Price
+from slimtune.allocate import Price
 from slimtune.app.compress_config import CompressConfig
 from slimtune.errors import ConfigError, TargetError
 from slimtune.factors import FACTORS, Factors, Part
@@ -175,7 +175,7 @@ def find_layers(model: nn.Module, cfg: CompressConfig) -> dict[str, str]:
             found[name] = str(error).partition("factorised: ")[2] or str(error)
             continue
         found[name] = "skip" if any(matches(name, pattern) for pattern in cfg.skipped) else ""
-    if all(found.values()):
+    if all(found.values()) and not cfg.ranks:
         raise TargetError("no layer is left to compress: " + "; ".join(sorted(set(found.values()))))
     return found
 

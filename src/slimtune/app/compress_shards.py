@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import slimtune as st
-from slimtune.allocate.compression import price
+from slimtune.allocate import price
 from slimtune.app import setup
 from slimtune.app.calibration import meter
 from slimtune.app.compress import CompressResult, Stopped, peak_memory, say
@@ -235,6 +235,7 @@ class _Shards:
         """Everything to shards; layers that wait for theirs are in the state meanwhile."""
         layers = {layer.name: layer for layer in plan.layers}
         written = writer.written
+        count = len(written)
         with meter("factorising") as show:
             for number, (name, tensors) in enumerate(self._owned().items(), 1):
                 layer = layers.get(name)
@@ -245,7 +246,8 @@ class _Shards:
                         if key not in written:
                             t = self.reader.read(key)
                             writer.add({key: t.to(self.dtype) if t.is_floating_point() else t})
-                if not writer.pending:
+                if len(writer.written) > count:
+                    count = len(writer.written)
                     self.state.drop("layer/")
                 show(number, len(layers))
                 if self.stop.signal:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from slimtune.allocate.compression import Price, price, tail, uniform
+from slimtune.allocate import Price, Sensitivity, price, sensitivity, tail, uniform
 from slimtune.app.compress_config import CALIBRATED, CompressConfig
 from slimtune.app.compress_plan import Layer, hash_of, make_factors
 from slimtune.compress import part_of
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from slimtune.app.compress import _Compression
 
 
-def allocated(cfg: CompressConfig, prices: Mapping[str, Price], keep: float) -> dict[str, int]:
+def allocated(
+    cfg: CompressConfig, prices: Mapping[str, Price], keep: float, weights: Mapping[str, float] | None = None
+) -> dict[str, int]:
     """Ranks by the configured allocation, for `keep` of these layers' parameters.
 
     Raises:
@@ -37,9 +39,27 @@ def allocated(cfg: CompressConfig, prices: Mapping[str, Price], keep: float) -> 
         return uniform(prices, keep, multiple=cfg.multiple)
     if any(p.errors is None for p in prices.values()):
         raise ConfigError(f"allocation: {cfg.method} does not foretell its errors, so only uniform is possible")
-    if cfg.allocation == "tail":
-        return tail(prices, keep, multiple=cfg.multiple)
-    raise ConfigError(f"allocation: {cfg.allocation} is not there yet")
+    return tail(prices, keep, weights=weights, multiple=cfg.multiple)
+
+
+def sensitivities(found: Sensitivity, prices: Mapping[str, Price], share: float) -> dict[str, float]:
+    """{layer: what its type costs the loss, per unit of the squared errors of its layers}: the weights for `tail`.
+
+    A type that costs nothing, within what one batch more or less would change, counts a hundredth of the mean.
+    """
+    costs: dict[str, float] = {}
+    for kind, values in found.metric.items():
+        ranks = uniform({n: prices[n] for n in found.layers[kind]}, share)
+        error = sum(_error(prices[n], r) for n, r in ranks.items())
+        costs[kind] = max(0.0, values[share] - found.base) / error if share in values and error > 0 else 0.0
+    known = [cost for cost in costs.values() if cost > 0]
+    least = 0.01 * sum(known) / len(known) if known else 1.0
+    return {name: max(least, costs[kind]) for kind, layers in found.layers.items() for name in layers}
+
+
+def _error(p: Price, rank: int) -> float:
+    assert p.errors is not None
+    return float(p.errors[min(rank, len(p.errors) - 1)])
 
 
 @contextmanager
@@ -167,6 +187,31 @@ class Statistics:
         if self.calibrated and name not in self.known:
             factors = _Sized(factors)  # it stays dense: nobody asks for its errors
         return type(self.job.model.get_submodule(name)).__name__, part, price(part, factors)
+
+    def weights(self, prices: Mapping[str, Price], keep: float) -> dict[str, float] | None:
+        """Weights of the layers' errors, measured on the calibration examples; None where none are asked for."""
+        from slimtune.app.compress import going
+        from slimtune.app.compress_measure import mean_loss
+
+        job = self.job
+        if self.cfg.allocation != "sensitivity" or not prices or any(p.errors is None for p in prices.values()):
+            return None
+        if (known := job.state.value("sensitivity")) is not None and set(known) == set(prices):
+            return dict(known)
+        task, device = job.source.task, job.source.device
+        assert task is not None
+        with going(job.stop, "trying layers") as progress:
+            found = sensitivity(
+                job.model,
+                lambda _: mean_loss(task, job.calibration(), device),
+                self.factors,
+                list(prices),
+                keeps=[keep],
+                progress=progress,
+            )
+        weights = sensitivities(found, prices, keep)
+        job.state.keep_value("sensitivity", weights)
+        return weights
 
     def predicted(self, layer: Layer) -> float | None:
         """The error at the layer's rank by the present statistics."""
