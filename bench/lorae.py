@@ -37,8 +37,8 @@ DRAWN = {"autoencoder": "ae", "LoRAE, nuclear, 1e-3": "lorae"}
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "autoencoder": {"layers": 0, "weight": 0.0},
-    "IRMAE, l = 4": {"layers": 4, "start": "linear", "weight": 0.0},
     "LoRAE, nuclear, 1e-3": {"weight": 1e-3},
+    "IRMAE, l = 4": {"layers": 4, "start": "linear", "weight": 0.0},
     "LoRAE, ratio, 1e-3": {"weight": 1e-3, "penalty": "ratio"},
     "LoRAE, batch, 1e-3": {"weight": 1e-3, "penalty": "batch"},
 }
@@ -126,8 +126,8 @@ def run() -> None:
         "accuracy": (logits.argmax(1) == test_labels).double().mean().item(),
         "distance": st.frechet_distance(features(images[: len(test)]), features(test)),
     }
-    for seed in SEEDS:
-        for variant in VARIANTS:
+    for variant in VARIANTS:
+        for seed in SEEDS:
             if any((row["variant"], row["seed"]) == (variant, seed) for row in known["rows"]):
                 continue
             start = time.process_time()
