@@ -275,3 +275,28 @@ def test_training_goes_on_from_a_compressed_model(method, small, text, tmp_path)
         assert starts == ranks
     report = verify(run)
     assert report.ok, report
+
+
+def test_a_classifier_is_found_again(llama, text, tmp_path):
+    """A new head is part of the compressed folder, with its classes."""
+    rows = [json.loads(line) for line in text.read_text().splitlines()]
+    data = tmp_path / "classes.jsonl"
+    data.write_text("".join(json.dumps({"text": row["prompt"], "label": row["prompt"][0]}) + "\n" for row in rows))
+    run = tmp_path / "run"
+    cfg = text_config(
+        llama,
+        data,
+        run,
+        task="classify",
+        validation_fraction=0.3,
+        method="cuttlefish",
+        method_options=METHODS["cuttlefish"][0],
+        target_modules=None,
+        max_steps=6,
+    )
+    train(cfg)
+    loaded = load_run(run)
+    assert loaded.model.num_labels == 4 and loaded.model.score.out_features == 4
+    assert describe_structures(loaded.model) and not hasattr(loaded.model.score, "structure")
+    report = verify(run)
+    assert report.ok, report
