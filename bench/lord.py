@@ -63,11 +63,18 @@ def one_shot(
     st.lord(model, batches, keep=keep, ranks=ranks, centred=centred, measure=False, forward=without_labels, **options)
 
 
+def weighed(model: nn.Module, batches: Sequence[Batch], keep: float) -> None:
+    """Squared errors cost what the loss's gradients in them say."""
+    labelled = [batch if "labels" in batch else {**batch, "labels": batch["input_ids"]} for batch in batches]
+    one_shot(model, batches, keep, importance=st.calibrate.fisher(model, labelled))
+
+
 WAYS: dict[str, Way] = {
     "svd": Way("SVD of the weights", plain),
     "uncentred": Way("uncentred (SVD-LLM), uniform", partial(one_shot, centred=False, policy="uniform")),
     "afm": Way("AFM, uniform", partial(one_shot, policy="uniform")),
     "lord": Way("AFM, one budget", one_shot),
+    "fisher": Way("AFM, one budget, weighed by gradients", weighed),
     "sequential": Way("AFM, one budget, block by block", partial(one_shot, sequential=True), recovered=False),
 }
 

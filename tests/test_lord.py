@@ -409,6 +409,36 @@ def test_measured_errors_are_those_of_the_forward_pass():
         st.calibrate.errors(model, {"0": other[0]}, [])
 
 
+def test_fisher_is_the_square_of_the_outputs_gradients():
+    model = nn.Sequential(nn.Linear(I, O), nn.Tanh(), nn.Linear(O, 5)).double()
+    batches = [data()[:4], data()[4:12]]
+    found = st.calibrate.fisher(model, batches, lambda m, x: m(x).square().mean(), ["0", "2"])
+    for i in (0, 2):
+        squares = []
+        for x in batches:
+            y = model[: i + 1](x).detach().requires_grad_()
+            (g,) = torch.autograd.grad(model[i + 1 :](y).square().mean(), y)
+            squares.append(float(g.square().sum()) / y.shape[1])
+        assert found[str(i)] == pytest.approx(sum(squares) / 2, rel=1e-5)
+
+
+def test_importance_is_of_squared_errors():
+    """A layer whose output is halved, and the next one's weight doubled, is the same to the loss and gets its rank."""
+    model, x = chain(), inputs()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other[1].weight.mul_(0.01)
+        other[1].bias.mul_(0.01)
+        other[2].weight.mul_(100)
+    ranks = []
+    for one in (model, other):
+        costs = st.calibrate.fisher(one, [x], lambda m, x: m(x).square().mean(), NAMES)
+        ranks.append(st.lord(one, [x], NAMES, keep=0.5, importance=costs, measure=False).ranks)
+    assert ranks[0] == ranks[1]
+    with pytest.raises(StructureError, match="weight of '0'"):
+        st.lord(chain(), [x], NAMES, importance={})
+
+
 def test_directions_stand_for_moments():
     """What is kept of a layer when memory is short gives the same factors; a weight changed since is noticed."""
     model, x = linear(), data()

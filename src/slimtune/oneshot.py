@@ -91,6 +91,7 @@ def lord(
     exclude: str | Sequence[str] = (),
     keep: float = 0.8,
     ranks: Ranks | None = None,
+    importance: Mapping[str, float] | None = None,
     centred: bool = True,
     add_bias: bool = True,
     form: str = "channel",
@@ -116,6 +117,8 @@ def lord(
         keep: the share of the chosen layers' parameters, for `allocate.tail`.
         ranks: in its place {layer: R}, or a function of {layer: `allocate.Price`} such as
             lambda p: st.allocate.uniform(p, {"*v_proj": 1.0, "*": 0.7}, multiple=8). Layers without a rank stay dense.
+        importance: {layer: what a squared error of its output costs}, for `allocate.tail`, such as
+            `calibrate.fisher`; when None, shares of the layers' variances count alike.
         centred, add_bias, form: of `factors.afm`; add_bias=False where a file format has no place for new biases.
         sequential: calibrate each block (the layers whose names agree up to their first number) again after the blocks
             before it are compressed, at ranks chosen beforehand: one more pass for each block.
@@ -164,7 +167,7 @@ def lord(
 
     factors = calibrated(names)
     known = {name: price(part_of(own[name], name), factors) for name in names}
-    chosen = ranks if isinstance(ranks, Mapping) else agreed(lambda: _chosen(ranks, known, keep))
+    chosen = ranks if isinstance(ranks, Mapping) else agreed(lambda: _chosen(ranks, known, keep, importance))
     for name in chosen:
         if name not in known:
             raise TargetError(f"lord: a rank is given for {name!r}, which is not among the {len(known)} layers chosen")
@@ -205,8 +208,13 @@ def _sizes(module: nn.Module) -> tuple[int, int]:
     return layout.sizes(module)
 
 
-def _chosen(ranks: Any, known: Mapping[str, Price], keep: float) -> Mapping[str, int]:
-    return tail(known, keep) if ranks is None else ranks(known)
+def _chosen(
+    ranks: Any, known: Mapping[str, Price], keep: float, importance: Mapping[str, float] | None
+) -> Mapping[str, int]:
+    if ranks is not None:
+        return ranks(known)
+    weights = None if importance is None else {n: importance.get(n, -1.0) * p.energy for n, p in known.items()}
+    return tail(known, keep, weights=weights)
 
 
 def _share(error: float, energy: float) -> float:

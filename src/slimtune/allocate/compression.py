@@ -46,6 +46,7 @@ class Price:
         largest: the largest rank that makes the layer smaller.
         errors: (K + 1,), squared errors at ranks 0 to K, as shares: of the output's variance for `afm`, of |W|_F^2 for
             `svd`. None if the factors do not know.
+        energy: what they are shares of.
     """
 
     before: int
@@ -53,6 +54,7 @@ class Price:
     bias: int
     largest: int
     errors: Tensor | None = None
+    energy: float = 1.0
 
     def after(self, rank: int | None) -> int:
         """Numbers at a rank; those of the dense layer for None, and for a rank that does not make it smaller."""
@@ -70,12 +72,12 @@ def price(part: Part, factors: Factors) -> Price:
     bias = 0 if part.bias is None else part.bias.numel()
     added = factors.added(part) if isinstance(factors, _Adding) else 0
     per_rank, largest = factors.sizes(part)
-    errors = None
+    errors, energy = None, 1.0
     if isinstance(factors, Foreseeing):
         errors = factors.errors(part)
-        whole = factors.energy(part) if isinstance(factors, _Energy) else float(errors[0])
-        errors = errors / (whole or 1.0)
-    return Price(part.W.numel() + bias, per_rank, bias + added, largest, errors)
+        energy = factors.energy(part) if isinstance(factors, _Energy) else float(errors[0])
+        errors = errors / (energy or 1.0)
+    return Price(part.W.numel() + bias, per_rank, bias + added, largest, errors, energy)
 
 
 @runtime_checkable
@@ -214,8 +216,8 @@ def tail(
 
     Args:
         keep: the share of the layers' parameters, in (0, 1].
-        weights: {layer: w >= 0}, such as a gradient's or a sensitivity's; 1 for all when None. Errors are shares of a
-            layer's variance.
+        weights: {layer: w >= 0}; 1 for all when None. Errors are shares of a layer's variance, so a cost of squared
+            errors such as `calibrate.fisher` is to be multiplied by the price's energy.
         multiple: ranks are multiples of it, where a layer has any below its break-even.
         floor: least rank.
 

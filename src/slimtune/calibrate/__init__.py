@@ -2,6 +2,6 @@
 compressing."""
 
 from .adapters import fit, gradients, inputs
-from .covariances import errors, moments
+from .covariances import errors, fisher, moments
 
-__all__ = ["errors", "fit", "gradients", "inputs", "moments"]
+__all__ = ["errors", "fisher", "fit", "gradients", "inputs", "moments"]

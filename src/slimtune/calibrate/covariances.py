@@ -21,11 +21,11 @@ from ..ops import Moments
 from ..ops.convolution import Convolution
 from ..ops.processes import several, summed
 from ..structures.base import check_count
-from ..taps import Passes, Progress, counter, length, passes_over, sum_dtype
+from ..taps import Loss, Passes, Product, Progress, counter, length, passes_over, sum_dtype
 from ..targets import own_modules, select
 from .adapters import own_forward
 
-__all__ = ["errors", "moments"]
+__all__ = ["errors", "fisher", "moments"]
 
 T = TypeVar("T")
 CHUNK = 2**24  # numbers of patches that are unfolded at a time
@@ -234,6 +234,62 @@ def _over_processes(watches: Sequence[_Watch], device: torch.device) -> None:
             m = watch.moments or Moments.none(*shape, dtype=watch.dtype, device=watch.host.weight.device)
             joined[key] = m.over_processes(device)
         watch.moments = joined[key]
+
+
+# ---------------------------------------------------------------- what an error costs
+
+
+def fisher(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Loss | None = None,
+    targets: str | Sequence[str] = "all-linear",
+    *,
+    exclude: str | Sequence[str] = (),
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """(1/O) sum_t |dL/dy_t|^2 of every layer's outputs y_t, (O,), the mean over batches: Fisher information a number.
+
+    Outputs that are wrong by e_t raise the loss by about half of sum_t (dL/dy_t . e_t)^2 (its Gauss-Newton form with
+    the data's own labels), so by half of this times E|e|^2 where errors and gradients point nowhere in common: what
+    a squared error costs in one layer and in another, for `allocate.tail` and `st.lord`. One pass, forward and
+    backward; the model is left as it was, as by `gradients`.
+
+    Args:
+        batches, loss, targets, exclude, seed, progress: of `gradients`.
+
+    Raises:
+        TargetError, DataError, DivergenceError: as `gradients`.
+
+    Example:
+        >>> import slimtune as st
+        >>> model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4))
+        >>> found = st.calibrate.fisher(model, [torch.randn(8, 6)], lambda m, x: m(x).sum(), ["1"])
+        >>> found["1"]
+        8.0
+    """
+    names = select(model, targets, exclude)
+    with passes_over(model, names, loss, seed) as run:
+        products: dict[str, dict[str, Product]] = {n: {"square": _Square()} for n in names}
+        run.gradients(batches, products, counter(progress, length(batches)))
+        found = {n: p["square"].total for n, p in products.items()}
+        return {n: float(t) / run.layers[n].layout.sizes(run.layers[n])[0] for n, t in found.items() if t is not None}
+
+
+class _Square(Product):
+    """|dL/dy|^2, which is not linear in the gradient: a sum over the calls of a layer."""
+
+    dtype = torch.float32
+
+    def size(self, O: int, I: int) -> tuple[int, int]:
+        return 1, 1
+
+    def keep(self, x: Tensor, host: Host) -> Tensor:
+        return x.new_empty(0)
+
+    def of(self, kept: Tensor, delta: Tensor, host: Host) -> Tensor:
+        return delta.float().square().sum().view(1, 1)
 
 
 # ---------------------------------------------------------------- measured
