@@ -391,7 +391,7 @@ def draw() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="linear,time,llama,minilm")
+    parser.add_argument("--parts", default="linear,time,llama,minilm", help="or models: babyllama105, stories260k")
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
     parser.add_argument("--steps", type=int, default=40, help="of the adapter")
     parser.add_argument("--fine-tuning", type=int, default=150, help="steps that make the classifier")
@@ -414,7 +414,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 path.write_text(json.dumps(TIMES[part](), indent=1) + "\n")
             continue
         for seed in map(int, told.seeds.split(",")):
-            for name in PARTS[part]:
+            for name in PARTS.get(part, [part]):
                 if missing := [str(p) for p in MODELS[name].needs if not p.exists()]:
                     print(f"{name}: skipped, {missing[0]} is missing; see examples/prepare_data.py")
                     continue
