@@ -47,11 +47,12 @@ def test_merging_into_a_structure(method, layer):
     assert not any("adapters" in key for key in model.state_dict())
 
 
-def test_factors_are_joined_while_that_is_smaller_than_the_weight():
+@pytest.mark.parametrize("recipe", [st.lora, st.dora, lambda **o: st.dora(axis="column", **o), st.bora])
+def test_factors_are_joined_while_that_is_smaller_than_the_weight(recipe):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 24)).double()
     st.factorize(model, {"0": 4, "2": 9})
-    st.adapt(model, st.lora(rank=3), ["0", "2"])
+    st.adapt(model, recipe(rank=3), ["0", "2"])
     shake(model)
     x = torch.randn(5, 24, dtype=torch.float64)
     y = model(x)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .compositions import Additive
 from .errors import AdapterNameError, SlimtuneError, TargetError, UninitializedError
 from .layers import Host, SavedModule, give_weight, restore
 from .layouts import is_packed
@@ -88,41 +87,34 @@ def _merged_weight(name: str, host: Host) -> tuple[Tensor, LayerError]:
     return host.layout.store(new, stored).clone(), error
 
 
-def _exact(factors: list[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor] | None:
-    """Factors of a sum, given those of its parts; None if one has none."""
-    known = [pair for pair in factors if pair is not None]
-    if len(known) < len(factors):
-        return None
-    return torch.cat([B for B, _ in known], 1), torch.cat([A for _, A in known])
-
-
 def _merged_structure(name: str, host: Host) -> tuple[Structure, LayerError] | None:
     """For a host that holds a structure, the low-rank one that is W', exactly but for the cast, if it is smaller."""
     if not isinstance(host, Structured):
         return None
-    adapters = [host.addition(n) for n in host.active_adapters]
-    if any(not isinstance(a.composition, Additive) for a in adapters):
-        return None
     held, stored = host.structure, next(host.structure.parameters())
     wide = torch.float32 if stored.dtype.itemsize < 4 else torch.float64
-    parts = [held.exact_factors()]
-    for adapter in adapters:
-        pair = adapter.structure.exact_factors()
-        parts.append(pair and (adapter.scale.to(wide) * pair[0].to(wide), pair[1].to(wide)))
-    pair = _exact([p and (p[0].to(wide), p[1].to(wide)) for p in parts])
-    if (
-        pair is None
-        or pair[1].shape[0] * (held.out_features + held.in_features) >= held.out_features * held.in_features
-    ):
+    before = pair = _widened(held.exact_factors(), wide)
+    for adapter in (host.addition(n) for n in host.active_adapters):
+        change = _widened(adapter.structure.exact_factors(), wide)
+        if pair is None or change is None:
+            return None
+        pair = adapter.composition.factors(pair, (adapter.scale.to(wide) * change[0], change[1]))
+    if before is None or pair is None:
         return None
-    B, A = pair
-    own = parts[0][1].shape[0]  # type: ignore[index]
-    new = LowRank(held.out_features, held.in_features, rank=len(A), device=stored.device, dtype=stored.dtype)
+    (B, A), O, I = pair, held.out_features, held.in_features
+    if len(A) * (O + I) >= O * I:
+        return None
+    new = LowRank(O, I, rank=len(A), device=stored.device, dtype=stored.dtype)
     new.requires_grad_(False).train(host.training)
     new.A.copy_(A)
     new.B.copy_(B)
-    lost = new.B.to(wide) @ new.A.to(wide) - B @ A
-    return new, LayerError(name, float((B[:, own:] @ A[own:]).norm()), float(lost.norm()))
+    exact = B @ A
+    lost = new.B.to(wide) @ new.A.to(wide) - exact
+    return new, LayerError(name, float((exact - before[0] @ before[1]).norm()), float(lost.norm()))
+
+
+def _widened(pair: tuple[Tensor, Tensor] | None, wide: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    return None if pair is None else (pair[0].to(wide), pair[1].to(wide))
 
 
 def _active_hosts(model: nn.Module) -> dict[str, Host]:
@@ -189,8 +181,9 @@ def merge(model: nn.Module) -> MergeReport:
     """Write the effective weights into the model and remove its adapters, for good.
 
     W' is computed in a wider type than the layer's (fp32 for bf16 and fp16, fp64 for fp32) and cast once. A layer that
-    holds a structure with exact factors, under adapters that add such, keeps the factors of both in a `LowRank` where
-    that has fewer numbers than W'; otherwise it gets a weight, and `report.densified` names it. A weight
+    holds a structure with exact factors, under adapters that add such (and scale rows and columns), keeps the factors
+    of both in a `LowRank` where that has fewer numbers than W'; otherwise it gets a weight, and `report.densified`
+    names it. A weight
     shared with a module that the adapter does not change becomes the layer's own; `report.untied` names it, and a
     transformers config is set to `tie_word_embeddings = False`.
 

@@ -180,6 +180,7 @@ def _run_base(record: Record, config: TrainConfig, trained: Path | None) -> Base
 
 def _recorded_base(place: Place, model: str | None) -> Base:
     """The base that an adapter's manifest or config names, or a plain model folder, through transformers."""
+    import torch
     import transformers
 
     from slimtune.app.tasks import Base
@@ -200,8 +201,6 @@ def _recorded_base(place: Place, model: str | None) -> Base:
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise ConfigError(f"{place.folder}: its base is a {kind}, which is not a class of transformers")
     try:
-        import torch
-
         with hf.quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             if compressed:
@@ -220,7 +219,8 @@ def _recorded_base(place: Place, model: str | None) -> Base:
         processing = None if reads_text else hf.image_settings(name, built.config)
 
     def call(model: nn.Module, inputs: dict[str, Any]) -> Any:
-        return logits_of(model(**inputs))
+        found = logits_of(model(**inputs))
+        return found if isinstance(found, torch.Tensor) else found[0]  # of a model without a head
 
     return Base(built, processing, [], [], call)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..ops import row_square_after_update
 from ..structures import Factored, Structure
-from .base import Composition, LinearMap
+from .base import Composition, LinearMap, Thin, joined
 
 __all__ = ["Additive"]
 
@@ -18,6 +18,9 @@ class Additive(Composition):
 
     def weight(self, W: Tensor, dW: Tensor) -> Tensor:
         return W + dW
+
+    def factors(self, W: Thin, dW: Thin) -> Thin:
+        return joined(W, dW)
 
     def forward(self, x: Any, base: LinearMap, delta: Structure, scale: Tensor, dropout: float) -> Tensor:
         return base.plus(x, delta, scale, dropout)

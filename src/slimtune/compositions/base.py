@@ -18,6 +18,10 @@ from ..structures import Structure
 __all__ = ["Composition", "LinearMap", "version"]
 
 
+Thin = tuple[Tensor, Tensor]
+"""(B, A), (O, R) and (R, I)."""
+
+
 class LinearMap(ABC):
     """x -> W x + bias, W seen as an (O, I) matrix whatever the layer (a convolution's I counts its kernel)."""
 
@@ -130,9 +134,19 @@ class Composition(nn.Module, ABC):
         t = dtype or torch.promote_types(W.dtype, dW.dtype)
         return self.weight(W.to(t), scale.to(t) * dW.to(t))
 
+    def factors(self, W: Thin, dW: Thin) -> Thin | None:
+        """(B, A) with W' = B A from such factors of W and of the scaled change; None where W' has
+        none of the sum of their ranks."""
+        return None
+
     def options(self) -> dict[str, Any]:
         """The constructor's keyword options, as they stand."""
         return {}
+
+
+def joined(W: Thin, dW: Thin) -> Thin:
+    """Thin of W + dW."""
+    return torch.cat([W[0], dW[0]], 1), torch.cat([W[1], dW[1]])
 
 
 def version(*tensors: Tensor) -> tuple[Any, ...] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import StructureError
 from ..ops import column_square_after_update, lowrank_linear, row_square_after_update, square_rmatmul
 from ..structures import Factored, Structure
-from .base import Composition, LinearMap, square_of_rows, version
+from .base import Composition, LinearMap, Thin, joined, square_of_rows, version
 
 __all__ = ["Magnitude", "Rescaled", "Squares"]
 
@@ -39,6 +40,13 @@ class Squares:
             return square_rmatmul(self._sum(), v)
         WvB = self.base.rmatmul(v[:, None] * self.B)
         return column_square_after_update(self.base.square_rmatmul(v), WvB, self.B, self.A, v, self.scale)
+
+    @classmethod
+    def of(cls, V: Tensor) -> Squares:
+        """Those of a V that is at hand."""
+        made = cls.__new__(cls)
+        made.V, made.delta, made.scale = V, SimpleNamespace(out_features=len(V)), V  # type: ignore[assignment]
+        return made
 
     def _sum(self) -> Tensor:
         if self.V is None:
@@ -116,6 +124,11 @@ class Rescaled(Composition):
         y = base.matmul(V)
         y = y + scale.to(y.dtype) * delta.matmul(V).to(y.dtype)
         return y if d is None else d.to(y.dtype)[:, None] * y
+
+    def factors(self, W: Thin, dW: Thin) -> Thin:
+        B, A = joined(W, dW)
+        d, e = self.scales(Squares.of(B @ A))
+        return B if d is None else d.to(B)[:, None] * B, A if e is None else A * e.to(A)
 
     def _forget(self) -> None:
         self._kept: tuple[Any, tuple[Tensor | None, Tensor | None]] | None = None
