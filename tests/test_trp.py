@@ -487,6 +487,28 @@ def test_layers_of_one_shape_are_what_each_would_be_alone():
         torch.testing.assert_close(layer.weight, other.weight)
 
 
+def test_a_layer_whose_decomposition_fails_is_left_out_and_told(monkeypatch):
+    torch.manual_seed(6)
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    trp = st.TRP(period=1, tail=0.2, targets="all-linear")
+    st.attach(trp, model, opt)
+    known = {n: W.clone() for n, W in model.state_dict().items()}
+    of = Spectra.of.__func__
+    bad = model[1].weight.detach()
+
+    def fails(cls, M, exact=True):
+        if (M[:, 0] == bad).flatten(1).all(1).any():
+            raise torch.linalg.LinAlgError("did not converge")
+        return of(cls, M, exact)
+
+    monkeypatch.setattr(Spectra, "of", classmethod(fails))
+    opt.step()  # nothing has a gradient
+    assert trp.note() == {"ranks": trp.ranks, "skipped": ["1"]}
+    assert torch.equal(model[1].weight, known["1.weight"])
+    assert all(not torch.equal(model[i].weight, known[f"{i}.weight"]) for i in (0, 2))
+
+
 def test_half_precision_weights():
     model = nn.Sequential(nn.Linear(16, 16)).to(torch.bfloat16)
     opt = torch.optim.SGD(model.parameters(), lr=0.1)
