@@ -11,8 +11,9 @@ from torch import nn
 
 import slimtune as st
 import tinyrun
-from slimtune.app import checkpoint, whole
+from slimtune.app import checkpoint, plots, whole
 from slimtune.app.loading import load_run
+from slimtune.app.record import read_record
 from slimtune.app.train import train
 from slimtune.app.verify import verify
 from slimtune.compress import describe_structures
@@ -300,3 +301,24 @@ def test_a_classifier_is_found_again(llama, text, tmp_path):
     assert describe_structures(loaded.model) and not hasattr(loaded.model.score, "structure")
     report = verify(run)
     assert report.ok, report
+
+
+def test_stable_ranks_are_drawn_up_to_the_step_of_the_switch(tmp_path):
+    """What a resumed run did again is told once; a torn value is left out."""
+    layers = [f"layer{i}" for i in range(6)]
+    told = [
+        {"step": step, "kind": "note", "stable_ranks": {name: 9.0 - i - step / 10 for i, name in enumerate(layers)}}
+        for step in (2, 4, 6)
+    ]
+    told[1]["stable_ranks"]["layer5"] = None
+    again = [{"step": 4, "kind": "resume"}, {**told[2], "kind": "ranks", "ranks": dict.fromkeys(layers, 3)}]
+    last = {"step": 20, "kind": "end"}
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in (*told, *again, last)))
+    record = read_record(tmp_path)
+    history, switch = record.stable_ranks()
+    assert switch == 6 and history["layer0"] == ([2, 4, 6], [8.8, 8.6, 8.4])
+    assert history["layer5"][0] == [2, 6]
+    figure = plots.stable_ranks(record)
+    assert figure.moments == [(6.0, "factorised")] and figure.reach == (0, 20)
+    assert [curve.label for curve in figure.curves] == ["layer0 (first)", "", "", "", "", "layer5 (last)"]
+    assert plots.stable_ranks(read_record(tmp_path / "nothing")) is None
