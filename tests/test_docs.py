@@ -56,6 +56,7 @@ def test_every_public_name_is_in_the_reference() -> None:
         "docs/adaptive.md",
         "docs/compression.md",
         "docs/lorae.md",
+        "docs/decompositions.md",
         "docs/huggingface.md",
     ],
 )
