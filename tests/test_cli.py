@@ -8,7 +8,7 @@ import pytest
 
 from slimtune import cli
 
-VERBS = ["demo", "train", "merge", "convert", "verify", "inspect", "methods", "report"]
+VERBS = ["demo", "train", "compress", "merge", "convert", "verify", "inspect", "methods", "report"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["train", "--help"], ["--version"], ["train", "bad.yaml"]])

@@ -22,7 +22,7 @@ from slimtune.app.compress_config import CompressConfig, load_compress_config, m
 from slimtune.app.compress_end import told
 from slimtune.app.compress_plan import Layer, Plan
 from slimtune.app.compress_state import State
-from slimtune.app.config import TaskConfig
+from slimtune.app.config import TaskConfig, load_config
 from slimtune.errors import ConfigError, SlimtuneError, TargetError, VerificationError
 
 pytest.importorskip("transformers")
@@ -165,6 +165,16 @@ def test_methods_read_from_the_source_are_the_factors():
     made = {name: inspect.signature(make).parameters for name, make in st.factors.FACTORS.items()}
     assert compress_config.factor_options() == {name: tuple(made[name]) for name in sorted(made)}
     assert method_options()["lord"] == ("centred", "add_bias")
+
+
+def test_the_examples_fit_together():
+    """Both read what the demo leaves, and the second begins where the first ends."""
+    examples = Path(__file__).parents[1] / "examples"
+    first = load_compress_config(examples / "compress.yaml")
+    second = load_config(examples / "recover.yaml")
+    assert second.model_name_or_path == f"{first.output_dir}/model"
+    for name in ("task", "dataset_name", "eval_dataset_name", "test_dataset_name", "max_length"):
+        assert getattr(first, name) == getattr(second, name)
 
 
 def test_memory_has_a_unit():

@@ -69,6 +69,7 @@ def test_python_blocks_run(page: str, tmp_path: Path) -> None:
 
 
 def test_yaml_blocks_are_valid_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from slimtune.app.compress_config import load_compress_config
     from slimtune.app.config import load_config
 
     monkeypatch.chdir(tmp_path)
@@ -83,7 +84,7 @@ def test_yaml_blocks_are_valid_configs(tmp_path: Path, monkeypatch: pytest.Monke
             Path(name).parent.mkdir(parents=True, exist_ok=True)
             Path(name).touch()
         Path("config.yaml").write_text(block, encoding="utf-8")
-        load_config("config.yaml")
+        load_compress_config("config.yaml") if block.startswith("# compress") else load_config("config.yaml")
 
 
 def test_commands_parse() -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from pydantic_core import PydanticUndefined
 
-from slimtune.app.config import TrainConfig
+from slimtune.app.compress_config import CompressConfig
+from slimtune.app.config import TaskConfig, TrainConfig
 from slimtune.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
@@ -42,14 +43,21 @@ def options() -> str:
     return markdown(["method", "learning rate", "options"], rows)
 
 
-def config() -> str:
+def config(cls: type[TaskConfig] = TrainConfig) -> str:
     """A row per key of a training run's configuration."""
     rows = []
-    for name, field in TrainConfig.model_fields.items():
+    for name, field in cls.model_fields.items():
         default = field.get_default(call_default_factory=True)
         shown = "required" if default is PydanticUndefined else "" if default is None else f"`{default}`"
         rows.append([f"`{name}`", shown, field.description or ""])
     return markdown(["key", "default", "meaning"], rows)
+
+
+def compress() -> str:
+    """A row per key of a compression's configuration that training does not have, or has in another sense."""
+    own = {name: field for name, field in CompressConfig.model_fields.items() if name not in TaskConfig.model_fields}
+    table = config(CompressConfig).splitlines(keepends=True)
+    return "".join(line for line in table if not line.startswith("| `") or line.split("`")[1] in own)
 
 
 METHODS = ROOT / "docs" / "methods.md"
@@ -57,6 +65,7 @@ PLACES = {
     "methods": (ROOT / "README.md", methods),
     "options": (METHODS, options),
     "config": (ROOT / "docs" / "cli.md", config),
+    "compress": (ROOT / "docs" / "cli.md", compress),
     "real": (METHODS, real.table),
     "costs": (METHODS, real.costs),
     "adaptive": (ROOT / "docs" / "adaptive.md", adaptive.table),
