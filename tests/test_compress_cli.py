@@ -167,9 +167,13 @@ def test_methods_read_from_the_source_are_the_factors():
     assert method_options()["lord"] == ("centred", "add_bias")
 
 
-def test_the_examples_fit_together():
+def test_the_examples_fit_together(tmp_path, monkeypatch):
     """Both read what the demo leaves, and the second begins where the first ends."""
     examples = Path(__file__).parents[1] / "examples"
+    monkeypatch.chdir(tmp_path)
+    Path("runs/demo/data").mkdir(parents=True)
+    for split in ("train", "validation", "test"):
+        Path(f"runs/demo/data/{split}.jsonl").touch()
     first = load_compress_config(examples / "compress.yaml")
     second = load_config(examples / "recover.yaml")
     assert second.model_name_or_path == f"{first.output_dir}/model"
