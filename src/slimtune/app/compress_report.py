@@ -128,9 +128,9 @@ def pictures(layers: list[Layer]) -> list[plots.Figure]:
     found = [plots.Figure("ranks", "Rank of each layer", ranks, bars=True, x_label=where)]
     lines = []
     for key, label, color, dashed in (
-        ("predicted", "predicted", plots.SECOND, True),
-        ("measured", "measured, of the outputs", plots.FIRST, False),
         ("weight", "of the weights", plots.SHADE, False),
+        ("measured", "measured, of the outputs", plots.FIRST, False),
+        ("predicted", "predicted", plots.SECOND, True),
     ):
         points = [(i, v) for i, layer in zip(x, layers, strict=True) if (v := getattr(layer, key)) is not None]
         if points:
