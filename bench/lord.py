@@ -382,9 +382,11 @@ def draw() -> None:
         axis.set_xticks([1 - k for k in KEEPS], [f"{1 - k:.0%}" for k in KEEPS])
         if rows[0]["metric"] == "perplexity":
             axis.set_yscale("log")
-    axes[0][0].legend(fontsize=7)
+    named = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    order = [*(way.title for way in WAYS.values() if way.title in named), "dense"]
+    figure.legend([named[label] for label in order], order, fontsize=7, ncols=4, loc="lower center")
     figure.suptitle("Compressed in one shot (solid), then a short LoRA (dashed)", fontsize=10)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(PICTURE, dpi=130)
 
