@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+import pickle
 from fractions import Fraction
 
 import pytest
@@ -148,6 +149,39 @@ def test_lanczos_finds_the_largest_singular_value(shape, monkeypatch):
     torch.testing.assert_close(found, exact, rtol=3e-4, atol=0)
     assert torch.equal(found, lanczos.spectral_norm(M))
     assert lanczos.spectral_norm(torch.zeros(1, 50, 50)).item() == 0
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-18, 1e12])
+@pytest.mark.parametrize("rank", [1, 3, 20])
+def test_lanczos_stops_where_a_matrix_of_low_rank_has_no_more_directions(rank, scale):
+    g = torch.Generator().manual_seed(0)
+    M = torch.randn(700, rank, generator=g) @ torch.randn(rank, 900, generator=g) * scale
+    exact = torch.linalg.svdvals(M.double())[:1]
+    torch.testing.assert_close(lanczos.spectral_norm(M[None]).double(), exact, rtol=1e-5, atol=0)
+
+
+def test_a_layer_called_in_two_places_is_refused_when_attached_not_at_the_switch():
+    layer = nn.Linear(32, 32)
+    model = nn.Sequential(nn.Linear(32, 32), layer, nn.ReLU(), layer, nn.Linear(32, 32), nn.Linear(32, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"total_steps": 8, "prefix": 0}
+    with pytest.raises(TargetError, match="shared"):
+        st.attach(st.Cuttlefish(targets=["1"], **options), model, optimizer)
+    chosen = st.Cuttlefish(**options)
+    st.attach(chosen, model, optimizer)
+    assert chosen.layers == ["4"]
+
+
+def test_copies_of_a_model_that_is_listened_to_work():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    st.attach(st.Cuttlefish(total_steps=8), model, optimizer)
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    x = torch.randn(3, 16)
+    model(x).sum().backward()
+    optimizer.step()
+    for other in copies:
+        other(x).sum().backward()
 
 
 # ---------------------------------------------------------------- the rank

@@ -9,8 +9,8 @@ from torch import nn
 
 import slimtune as st
 from cases import Chain
-from slimtune.compress import describe_structures, part_of, shape_as
-from slimtune.errors import FileFormatError, SlimtuneError, StructureError, TargetError
+from slimtune.compress import describe_structures, part_of, shape_as, structured_layers
+from slimtune.errors import DivergenceError, FileFormatError, SlimtuneError, StructureError, TargetError
 
 CONVOLUTIONS = {
     "plain": nn.Conv2d(6, 10, 3),
@@ -153,3 +153,31 @@ def test_parts_are_fp32_and_oriented():
     torch.testing.assert_close(part.W, model.hf.weight.detach().t().float())
     st.factorize(model, {"hf": 2})
     assert model.hf.structure.A.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_told(number):
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    model[1].weight.data[2, 3] = number
+    with pytest.raises(DivergenceError, match="'1'"):
+        st.factorize(model, {"0": 2, "1": 2})
+    with pytest.raises(DivergenceError, match="'1'"):
+        st.allocate.prices(model)
+    assert not structured_layers(model)
+
+
+def test_expanding_a_layer_named_twice_gives_the_order_of_parameters_back():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Conv1d(4, 4, 3))
+    before = list(model.state_dict())
+    st.factorize(model, {"0": 2, "1": 1})
+    assert st.expand(model, ["0", "1", "0"]) == ["0", "1"]
+    assert list(model.state_dict()) == before
+
+
+def test_an_optimizer_that_knows_names_knows_the_new_ones():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4))
+    optimizer = torch.optim.AdamW(model.named_parameters(), lr=0.1)
+    st.factorize(model, {"0": 2}, optimizer=optimizer)
+    named = dict(model.named_parameters())
+    (group,) = optimizer.param_groups
+    assert [id(named[name]) for name in group["param_names"]] == [id(p) for p in group["params"]]

@@ -12,7 +12,7 @@ import slimtune as st
 from cases import Chain, tiny_llama
 from slimtune.calibrate.covariances import _groups, _Watch
 from slimtune.compress import part_of, structured_layers
-from slimtune.errors import ConfigError, DataError, DivergenceError, StructureError, TargetError
+from slimtune.errors import ConfigError, DataError, DivergenceError, StructureError, TargetError, UninitializedError
 from slimtune.factors import LayerMoments, Part, Principal, afm
 from slimtune.ops import Moments
 from slimtune.substitutes import substitute, substituted
@@ -725,3 +725,56 @@ def test_part_of_a_group_is_that_groups():
     report = st.lord(model, [x], ["0"], ranks={"0": 3}, add_bias=False)
     assert report.after == 3 * 2 * (6 + 36) == count(model)
     assert Part("x", torch.zeros(12, 36), groups=2).W.numel() == report.before
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x, attention_mask=None):
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("kind", ["numbers", "pairs", "one for all queries", "added", "added to pairs"])
+def test_padding_is_known_by_masks_of_pairs_and_masks_that_are_added(kind):
+    real = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]], dtype=torch.bool)
+    added = torch.zeros(3, 5).masked_fill(~real, torch.finfo(torch.float32).min)
+    mask = {
+        "numbers": real.float(),
+        "pairs": (real[:, None, None] & torch.ones(5, 5, dtype=torch.bool).tril()),
+        "one for all queries": real[:, None, None].long(),
+        "added": added[:, None, None],
+        "added to pairs": added[:, None, None].expand(3, 2, 5, 5),
+    }[kind]
+    x = torch.randn(3, 5, 6).masked_fill(~real[..., None], 100.0)
+    found = st.calibrate.moments(Masked(), [{"x": x, "attention_mask": mask}], side="input")["layer"].moments
+    assert found.count == 9
+    torch.testing.assert_close(found.mean, x[real].double().mean(0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "error", "match"),
+    [
+        ({"0": 4, "1": 0}, StructureError, "rank of '1'"),
+        ({"0": 4, "1": 2.5}, StructureError, "rank of '1'"),
+        (None, TargetError, "shares its weight with 2"),
+    ],
+    ids=["no rank", "no count", "shared"],
+)
+def test_block_after_block_refuses_before_the_first_is_changed(ranks, error, match):
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)))
+    if ranks is None:
+        model[2].weight = model[1].weight
+    with pytest.raises(error, match=match):
+        st.lord(model, [torch.randn(40, 16)], ["0", "1"], ranks=ranks, sequential=True)
+    assert not structured_layers(model)
+
+
+def test_weights_that_are_not_there_or_not_finite_are_told():
+    model = nn.Sequential(nn.Linear(16, 64), nn.Linear(64, 64))
+    model[1].weight.data[0, 0] = float("nan")
+    with pytest.raises(DivergenceError, match="weight of '1'"):
+        st.lord(model, [torch.randn(40, 16)])
+    with pytest.raises(UninitializedError, match="meta"):
+        st.lord(model.to("meta"), [torch.randn(40, 16)])

@@ -583,3 +583,14 @@ def test_adapted_layers_are_left_to_their_adapters():
     st.adapt(model, st.lora(rank=2), ["head"])
     with pytest.raises(TargetError, match="carries adapters"):
         layer_matrices(model, ["head"], (), "channel", "TRP")
+
+
+def test_rounding_is_no_direction_of_a_weight_of_low_rank():
+    g = torch.Generator().manual_seed(0)
+    M = torch.randn(40, 3, generator=g) @ torch.randn(3, 60, generator=g)
+    spectra = Spectra.of(M[None, None])
+    rank = rank_by_tail(spectra.joint[0], 0.0)
+    assert rank > 3
+    U, _, Vh = torch.linalg.svd(M.double())
+    torch.testing.assert_close(spectra.polar(0, rank)[0].double(), U[:, :3] @ Vh[:3], rtol=0, atol=1e-5)
+    assert spectra.tangent(0, rank, torch.randn(1, 40, 60, generator=g)).norm() < 60

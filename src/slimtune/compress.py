@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .errors import FileFormatError, SlimtuneError, StructureError, TargetError, UninitializedError
 from .factors import Factors, Part, svd
+from .factors.base import check_finite
 from .layouts import layout_of
 from .ranks import optimizers_of, starts_at_mean
 from .recipe import subclasses
@@ -110,6 +111,7 @@ def factorize(
     Raises:
         TargetError: a layer that is not there, or none that can be factorised, or whose weight another module shares.
         StructureError: a rank below 1, or one that the factors cannot take.
+        DivergenceError: a weight that is not finite.
         UninitializedError: a weight on the meta device. Nothing has been changed in each case.
 
     Warns:
@@ -124,7 +126,7 @@ def factorize(
         ('LowRank', 8)
     """
     make, optimizers, own = factors or svd(), optimizers_of(optimizer), own_modules(model)
-    shared = _shared(model)
+    shared = shared_weights(model)
     report, plans = FactorizeReport(), []
     for name, rank in ranks.items():
         check_count(rank, f"factorize: rank of {name!r}")
@@ -132,12 +134,10 @@ def factorize(
             raise TargetError(f"factorize: the model has no layer {name!r}")
         module = own[name]
         check_holdable(module, name)
-        if id(module.weight) in shared:
-            others = ", ".join(n for n in shared[id(module.weight)] if n != name)
-            raise TargetError(f"factorize: {name!r} shares its weight with {others}; leave it out, or untie them")
+        check_unshared(module, name, shared)
     for name, rank in ranks.items():
         module = own[name]
-        part = part_of(module, name)
+        part = check_finite(part_of(module, name))
         before = sum(p.numel() for p in module.parameters(recurse=False))
         largest = make.sizes(part)[1]
         entry: dict[str, Any] = {"name": name, "kind": type(module).__name__, "rank": rank, "largest": largest}
@@ -162,7 +162,7 @@ def factorize(
     return report
 
 
-def _shared(model: nn.Module) -> dict[int, list[str]]:
+def shared_weights(model: nn.Module) -> dict[int, list[str]]:
     """{id of a weight: the modules that use it} of those that several do."""
     users: dict[int, list[str]] = {}
     for name, module in unwrapped(model).named_modules(remove_duplicate=False):
@@ -170,6 +170,13 @@ def _shared(model: nn.Module) -> dict[int, list[str]]:
             if p is not None:
                 users.setdefault(id(p), []).append(name)
     return {key: names for key, names in users.items() if len(names) > 1}
+
+
+def check_unshared(module: nn.Module, name: str, shared: Mapping[int, Sequence[str]]) -> None:
+    """Raise TargetError for a layer whose weight is among the `shared_weights`."""
+    if id(module.weight) in shared:
+        others = ", ".join(n for n in shared[id(module.weight)] if n != name)
+        raise TargetError(f"{name!r} shares its weight with {others}; leave it out, or untie them")
 
 
 def part_of(module: nn.Module, name: str) -> Part:
@@ -203,6 +210,10 @@ def _carry(optimizer: torch.optim.Optimizer, weight: nn.Parameter, module: Struc
         for place, p in enumerate(group["params"]):
             if p is weight:
                 group["params"][place : place + 1] = new
+                if "param_names" in group:
+                    own = group["param_names"][place].removesuffix("weight")
+                    names = [f"{own}structure.{n}" for n, _ in module.structure.named_parameters()]
+                    group["param_names"][place : place + 1] = names
                 break
         else:
             continue
@@ -280,7 +291,7 @@ def expand(model: nn.Module, layers: Sequence[str] | None = None) -> list[str]:
     for name in layers or ():
         if name not in found:
             raise TargetError(f"expand: {name!r} holds no structure; these do: {', '.join(found) or 'none'}")
-    chosen = list(found) if layers is None else list(layers)
+    chosen = list(found) if layers is None else list(dict.fromkeys(layers))
     for name in chosen:
         if hasattr(found[name], "active_adapters"):
             raise TargetError(f"expand: {name!r} carries adapters; merge or remove them first")

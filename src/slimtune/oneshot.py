@@ -15,13 +15,14 @@ from torch import nn
 
 from .allocate import Price, price, tail
 from .calibrate import errors, moments
-from .compress import factorize, part_of
+from .compress import check_unshared, factorize, part_of, shared_weights
 from .errors import TargetError
 from .factors import Factors, LayerMoments, Part, Replacement, afm
-from .factors.base import in_form
+from .factors.base import check_finite, in_form
 from .layouts import layout_of
 from .ops.processes import agreed
 from .structured import check_holdable
+from .structures.base import check_count
 from .substitutes import substitute
 from .taps import Progress
 from .targets import own_modules, select
@@ -145,8 +146,11 @@ def lord(
     """
     own = own_modules(model)
     names = select(model, targets, exclude)
+    shared = shared_weights(model)
     for name in names:
         check_holdable(own[name], name)
+        check_unshared(own[name], name, shared)
+        check_finite(part_of(own[name], name))
     if not isinstance(batches, (list, tuple)):
         batches = list(batches)
     common: dict[str, Any] = {"forward": forward, "seed": seed, "progress": progress}
@@ -171,6 +175,7 @@ def lord(
     for name in chosen:
         if name not in known:
             raise TargetError(f"lord: a rank is given for {name!r}, which is not among the {len(known)} layers chosen")
+        check_count(chosen[name], f"lord: rank of {name!r}")
     report = {
         name: LordLayer(name, _sizes(own[name]), None, p.largest, p.before, p.before) for name, p in known.items()
     }

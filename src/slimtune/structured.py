@@ -216,7 +216,10 @@ def densify(module: Structured) -> nn.Module:
     trained = any(p.requires_grad for p in module.structure.parameters())
     del module._modules["structure"]
     dense.__class__ = module.dense_class
+    others = dict(dense._parameters)  # the weight comes first again, as an optimizer's state counts parameters
+    dense._parameters.clear()
     dense.weight = nn.Parameter(weight, trained)
+    dense._parameters.update(others)
     rebind(dense)
     return dense
 

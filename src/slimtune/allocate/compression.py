@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..compress import part_of
 from ..errors import ConfigError, StructureError, TargetError
 from ..factors import Factors, Part, svd
+from ..factors.base import check_finite
 from ..recipe import is_number, matches
 from ..structured import check_holdable
 from ..structures.base import check_count
@@ -104,7 +105,7 @@ def prices(
         targets, exclude: as for `adapt`, and convolutions.
 
     Raises:
-        TargetError: as `adapt`, or a layer that cannot be factorised.
+        TargetError: as `adapt`, or a layer that cannot be factorised. DivergenceError: a weight that is not finite.
 
     Example:
         >>> import slimtune as st
@@ -117,7 +118,7 @@ def prices(
     found = {}
     for name in select(model, targets, exclude):
         check_holdable(own[name], name)
-        found[name] = price(part_of(own[name], name), factors or svd())
+        found[name] = price(check_finite(part_of(own[name], name)), factors or svd())
     return found
 
 

@@ -49,7 +49,8 @@ def moments(
     """Mean and covariance of every layer's inputs or outputs, streamed: no gradient, forward passes only.
 
     A convolution's inputs are its patches, of I numbers, one for each place of its output, or its output's channels.
-    Rows that a batch's "attention_mask" marks as padding do not count. Layers that are handed one and the same tensor
+    Rows that a batch's "attention_mask" marks as padding do not count; of a mask of pairs, true or 0.0 (added to
+    scores) where one token looks at another, those that none looks at. Layers that are handed one and the same tensor
     (q, k and v; gate and up) share one covariance. With torch.distributed initialised each process gives its own
     batches, and the rows of all count. The model is left as it was, as by `gradients`.
 
@@ -217,7 +218,11 @@ def _watch(
 
 
 def _mask(batch: Any) -> Tensor | None:
-    return batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    """Which tokens count, (B, S). Of a mask (B, ..., S) of pairs, which may be one that is added, those looked at."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.dim() < 3:
+        return mask if isinstance(mask, Tensor) else None
+    return (mask == 0 if mask.is_floating_point() else mask != 0).flatten(1, -2).any(1)
 
 
 def _over_processes(watches: Sequence[_Watch], device: torch.device) -> None:

@@ -10,13 +10,14 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..compress import factorize, part_of
+from ..compress import factorize, part_of, shared_weights
 from ..errors import DivergenceError, SlimtuneError, StructureError, TargetError
 from ..factors import svd
 from ..factors.base import Part, in_form, matrices
@@ -150,15 +151,10 @@ def frobenius_decay(structure: Structure) -> list[Tensor]:
 def _candidates(model: nn.Module, held: Iterable[Tensor]) -> dict[str, nn.Module]:
     """Layers that could be factorised in training: their weight is their own, trained, and of this optimizer."""
     of_optimizer = {id(p) for p in held}
-    users: dict[int, int] = {}
-    for module in unwrapped(model).modules():
-        for p in module._parameters.values():
-            if p is not None:
-                users[id(p)] = users.get(id(p), 0) + 1
-    found = {}
+    shared, found = shared_weights(model), {}
     for name, module in own_modules(model).items():
         weight = module._parameters.get("weight")
-        if weight is None or not weight.requires_grad or users[id(weight)] > 1 or id(weight) not in of_optimizer:
+        if weight is None or not weight.requires_grad or id(weight) in shared or id(weight) not in of_optimizer:
             continue
         try:
             check_holdable(module, name)
@@ -543,16 +539,10 @@ class Cuttlefish(Controller):
     def _listen(self) -> None:
         """See how the layers are called, in which order, until the first step."""
         self._calls: dict[str, tuple[Call, tuple[int, ...]]] = {}
-
-        def hear(name: str) -> Any:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
-                x = next(iter((*args, *kwargs.values())), None)
-                if torch.is_tensor(x) and torch.is_tensor(y) and y.requires_grad and name not in self._calls:
-                    self._calls[name] = (Call.of(x), tuple(y.shape))
-
-            return hook
-
-        self._handles = [m.register_forward_hook(hear(name), with_kwargs=True) for name, m in self._modules.items()]
+        self._handles = [
+            module.register_forward_hook(partial(_heard, self._calls, name), with_kwargs=True)
+            for name, module in self._modules.items()
+        ]
 
     def _profile(self) -> None:
         self.dense, self.speedups = agreed(self._timed)
@@ -743,6 +733,20 @@ class Cuttlefish(Controller):
             group.update(values)
         if (own := vars(self).pop("_own", None)) is not None:
             del self._optimizer.param_groups[own:]
+
+
+def _heard(
+    calls: dict[str, tuple[Call, tuple[int, ...]]],
+    name: str,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    y: Any,
+) -> None:
+    """A forward hook; copies of the model take it with them."""
+    x = next(iter((*args, *kwargs.values())), None)
+    if torch.is_tensor(x) and torch.is_tensor(y) and y.requires_grad and name not in calls:
+        calls[name] = (Call.of(x), tuple(y.shape))
 
 
 def _check_number(key: str, value: object, low: float, high: float = math.inf, open_: bool = False) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..errors import StructureError
+from ..errors import DivergenceError, StructureError
 from ..structures import GroupedLowRank, LowRank, SeparableKernel, Structure
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Part",
     "Replacement",
     "assembled",
+    "check_finite",
     "factors",
     "in_form",
     "matrices",
@@ -77,6 +78,17 @@ def factors(make: Any) -> Any:
     """A decorator: configurations can name the function or class by its own name."""
     FACTORS[make.__name__] = make
     return make
+
+
+def check_finite(part: Part) -> Part:
+    """The part itself.
+
+    Raises:
+        DivergenceError: its weight is not finite.
+    """
+    if not part.W.isfinite().all():
+        raise DivergenceError(f"the weight of {part.name!r} is not finite")
+    return part
 
 
 def in_form(part: Part, form: str) -> str:

@@ -20,7 +20,8 @@ def spectral_norm(M: Tensor, steps: int = 32) -> Tensor:
 
     Where K is small, from the eigenvalues of the K x K Gram matrix. Otherwise by `steps` steps of Lanczos' recursion
     on it (never built), orthogonalised anew in each, from a start that a seed gives: at most s_1, and on Gaussian
-    matrices, whose spectrum is flat, within 3e-4 of it at K = 1024. No state is kept from call to call.
+    matrices, whose spectrum is flat, within 3e-4 of it at K = 1024. No state is kept from call to call. Where rounding
+    alone is left of a step, the recursion ends.
 
     Example:
         >>> spectral_norm(torch.tensor([[[3.0, 0.0, 4.0], [0.0, 1.0, 0.0]]])).round(decimals=4)
@@ -36,14 +37,16 @@ def spectral_norm(M: Tensor, steps: int = 32) -> Tensor:
     q = (start / start.norm()).to(M).expand(len(M), K)
     Q = M.new_zeros(len(M), steps, K)
     T = torch.zeros(len(M), steps, steps, dtype=torch.float64, device=M.device)
+    scale = torch.linalg.matrix_norm(M).clamp_min(torch.finfo(M.dtype).tiny)[:, None, None]
     for j in range(steps):
         Q[:, j] = q
-        w = (M @ (M.mT @ q[..., None]))[..., 0]
+        w = (M @ ((M.mT @ q[..., None]) / scale))[..., 0] / scale[..., 0]
         T[:, j, j] = (w * q).sum(1)
         for _ in range(2):
             w = w - (Q[:, : j + 1].mT @ (Q[:, : j + 1] @ w[..., None]))[..., 0]
         size = w.norm(dim=1)
+        size = torch.where(size > 100 * torch.finfo(M.dtype).eps * T[:, : j + 1].amax((1, 2)), size, 0)
         if j + 1 < steps:
             T[:, j, j + 1] = T[:, j + 1, j] = size
-        q = w / size.clamp_min(torch.finfo(M.dtype).tiny)[:, None]
-    return torch.linalg.eigvalsh(T)[:, -1].clamp_min(0).sqrt().to(M.dtype)
+        q = torch.where(size > 0, 1 / size, 0)[:, None] * w
+    return torch.linalg.eigvalsh(T)[:, -1].clamp_min(0).sqrt().to(M.dtype) * scale[:, 0, 0]

@@ -67,18 +67,24 @@ class Spectra:
         return self._turned(self._weighted(n, torch.where(s > less, 1 - less / s, 0)) @ M)
 
     def polar(self, n: int, rank: int) -> Tensor:
-        """U_R V_R^T of matrix n, (G, rows, columns); directions whose singular value is 0 are left out."""
-        s = self.s[n, :, :rank]
-        return self._turned(self._weighted(n, torch.where(s > 0, 1 / s, 0)) @ self.M[n])
+        """U_R V_R^T of matrix n, (G, rows, columns); directions whose singular value is 0, up to the rounding of M, are
+        left out."""
+        return self._turned(self._weighted(n, self._inverse(n, rank)) @ self.M[n])
 
     def tangent(self, n: int, rank: int, D: Tensor) -> Tensor:
         """D - (I - U_R U_R^T) D (I - V_R V_R^T): what of D (G, rows, columns) stays at rank R, to first order."""
-        M, U, rest, s = self.M[n], self.U[n, ..., :rank], self.U[n, ..., rank:], self.s[n, :, :rank]
+        M, U, rest = self.M[n], self.U[n, ..., :rank], self.U[n, ..., rank:]
         D = (D.mT if self.turned else D).to(M)
         X = rest.mT @ D  # (G, K - R, columns)
-        V = torch.where(s > 0, 1 / s, 0).to(M)
+        V = self._inverse(n, rank).to(M)
         within = (((X @ M.mT) @ (U * V.square()[:, None])) @ U.mT) @ M
         return self._turned(D - rest @ (X - within))
+
+    def _inverse(self, n: int, rank: int) -> Tensor:
+        """1 / s of matrix n, (G, R), and 0 where s is 0 up to the rounding of M."""
+        s = self.s[n]
+        least = max(self.M.shape[-2:]) * torch.finfo(self.M.dtype).eps * s[:, :1]
+        return torch.where(s > least, 1 / s, 0)[:, :rank]
 
     def _weighted(self, n: int, f: Tensor) -> Tensor:
         """U_R diag(f) U_R^T, (G, K, K)."""
