@@ -19,8 +19,9 @@ from slimtune import cli
 from slimtune.app import compress_config
 from slimtune.app.compress import compress
 from slimtune.app.compress_config import CompressConfig, load_compress_config, method_options
-from slimtune.app.compress_end import told
+from slimtune.app.compress_end import _speed, told
 from slimtune.app.compress_plan import Layer, Plan
+from slimtune.app.compress_report import pictures
 from slimtune.app.compress_state import State
 from slimtune.app.config import TaskConfig, load_config
 from slimtune.errors import ConfigError, SlimtuneError, TargetError, VerificationError
@@ -602,3 +603,16 @@ def test_the_report_and_the_command_line(place, tmp_path, monkeypatch, capsys):
     assert cli.main(["compress", *settings, "keep=0.6"]) == 2
     assert cli.main(["compress"]) == 2 and "give a configuration" in capsys.readouterr().err
     assert cli.main(["compress", "--schema"]) == 0 and "allocation" in json.loads(capsys.readouterr().out)["properties"]
+
+
+def test_a_speed_that_turns_do_not_tell_apart_is_not_called_equal():
+    words = _speed({"speed": 0.53, "low": 0.4, "high": 1.6})
+    assert "0.53x; 0.40x to 1.60x" in words and "as fast" not in words
+    assert _speed({"speed": 1.3, "low": 1.2, "high": 1.5}) == "1.30 times as fast"
+    assert _speed({"speed": 0.5, "low": 0.4, "high": 0.6}) == "slower than dense (0.50x)"
+
+
+def test_the_legend_of_the_errors_lies_outside_the_axes():
+    layers = [Layer(name, "Linear", (4, 4), 2.0, 1, 16, 1, 8, "", 0.5, 0.5, 0.6) for name in ("a", "b")]
+    errors = {figure.name: figure for figure in pictures(layers)}["errors"]
+    assert errors.below and errors.curves[-1].label == "predicted"  # drawn last: above what it foretells

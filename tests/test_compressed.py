@@ -192,6 +192,20 @@ def test_round_trip(kind, dtype, tmp_path):
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="modes of POSIX")
+def test_files_have_the_modes_that_the_umask_gives(tmp_path):
+    model = squeezed(MODELS["llama"]())
+    before = os.umask(0o027)
+    try:
+        st.save_compressed(model, tmp_path / "small")
+        st.save_expanded(model, tmp_path / "dense")
+    finally:
+        os.umask(before)
+    files = [f for f in tmp_path.rglob("*") if f.is_file()]
+    assert {f.suffix for f in files} >= {".safetensors", ".json"}
+    assert {f.name: oct(f.stat().st_mode & 0o777) for f in files} == {f.name: "0o640" for f in files}
+
+
 @models
 def test_buffers_that_are_no_state_are_those_of_transformers(kind, tmp_path):
     model = MODELS[kind]()

@@ -80,6 +80,12 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def share(path: Path) -> None:
+    """Give a file in a new folder the mode that the umask gives; safetensors makes files for the owner alone."""
+    with contextlib.suppress(OSError):  # file systems without modes
+        path.chmod(path.parent.stat().st_mode & 0o666)
+
+
 def _sync_folder(folder: Path) -> None:
     if os.name == "posix":
         fd = os.open(folder, os.O_RDONLY)

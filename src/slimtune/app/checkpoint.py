@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from slimtune.errors import SlimtuneError
+from slimtune.files import share
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -43,6 +44,7 @@ def seal(folder: Path, step: int) -> None:
     files: dict[str, Any] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST):
         digest = _sha256(path)
+        share(path)
         _sync(path)
         files[path.relative_to(folder).as_posix()] = {"sha256": digest, "bytes": path.stat().st_size}
     for path in sorted(p for p in folder.rglob("*") if p.is_dir()):

@@ -263,7 +263,8 @@ def _change(entry: Mapping[str, Any], metric: str, split: str) -> str:
 
 def _speed(entry: Mapping[str, Any]) -> str:
     if entry["low"] < 1 < entry["high"]:
-        return f"about as fast as dense ({entry['speed']:.2f}x)"
+        middle = f"{entry['low']:.2f}x to {entry['high']:.2f}x in the middle half of the turns"
+        return f"no faster or slower than the timing tells apart ({entry['speed']:.2f}x; {middle})"
     return f"{entry['speed']:.2f} times as fast" if entry["low"] >= 1 else f"slower than dense ({entry['speed']:.2f}x)"
 
 

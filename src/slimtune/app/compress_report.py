@@ -137,7 +137,7 @@ def pictures(layers: list[Layer]) -> list[plots.Figure]:
             at, values = zip(*points, strict=True)
             lines.append(plots.Curve(at, values, label, color, marks=True, dashed=dashed))
     if lines:
-        found.append(plots.Figure("errors", "Relative error of each layer", lines, x_label=where))
+        found.append(plots.Figure("errors", "Relative error of each layer", lines, x_label=where, below=True))
     return found
 
 

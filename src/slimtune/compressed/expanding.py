@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..compress import structured_layers
 from ..errors import ConfigError, StructureError, TargetError, VerificationError
+from ..files import share
 from ..structured import Structured
 from ..targets import unwrapped
 from .folders import beside, publish, sync, writing
@@ -93,6 +94,7 @@ def save_expanded(
         difference = _compared(network, plain, cls, staging, inputs)
         with writing(final):
             for file in sorted(f for f in staging.rglob("*") if f.is_file()):
+                share(file)
                 sync(file)
             sync(staging)
             if final.exists():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..compress import describe_structures
 from ..errors import ConfigError, FileFormatError, SlimtuneError, StructureError, UninitializedError
-from ..files import FORMAT, MANIFEST, read_json
+from ..files import FORMAT, MANIFEST, read_json, share
 from ..structures import Structure
 from ..targets import adapter_names, own_modules, unwrapped
 from .folders import KIND, beside, check_path, check_target, hash_of, publish, sync, write, writing
@@ -128,6 +128,7 @@ class CompressedWriter:
         with writing(self.path):
             file = self.staging / name
             safetensors.torch.save_file(_apart(self.pending), str(file), metadata={"format": "pt"})
+            share(file)
             sync(file)
             shard = {"file": name, "bytes": file.stat().st_size, "sha256": hash_of(file), "keys": list(self.pending)}
             self.journal["shards"].append(shard | {"structures": self.described})
