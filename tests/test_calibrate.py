@@ -588,6 +588,16 @@ def test_padding_does_not_count_as_input():
     assert torch.equal(q.components, k.components)
 
 
+def test_padding_by_a_mask_that_is_added_does_not_count_as_input():
+    x, real = torch.randn(2, 6, 8), torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]]).bool()
+    added = torch.zeros(2, 1, 1, 6).masked_fill(~real[:, None, None], -1e9)
+    batch = {"input": x, "attention_mask": added}
+    model = nn.Sequential(nn.Linear(8, 4))
+    stats = st.calibrate.inputs(model, [batch], ["0"], components=3, forward=lambda m, b: m(b["input"]))["0"]
+    assert stats.rows == 10
+    same(stats.singular_values, torch.linalg.svdvals(x[real])[:3], 1e-5)
+
+
 # ---------------------------------------------------------------- fit
 
 

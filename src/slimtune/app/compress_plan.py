@@ -11,11 +11,12 @@ from torch import nn
 
 from slimtune.allocate import Price
 from slimtune.app.compress_config import CompressConfig
+from slimtune.compress import shared_weights
 from slimtune.errors import ConfigError, TargetError
 from slimtune.factors import FACTORS, Factors, Part
 from slimtune.recipe import matches
 from slimtune.structured import check_holdable
-from slimtune.targets import own_modules, select, unwrapped
+from slimtune.targets import own_modules, select
 
 
 @dataclass
@@ -161,7 +162,7 @@ def find_layers(model: nn.Module, cfg: CompressConfig) -> dict[str, str]:
     Raises:
         TargetError: targets that match nothing, or that name a layer that cannot be factorised; none is left.
     """
-    own, shared = own_modules(model), _shared(model)
+    own, shared = own_modules(model), shared_weights(model)
     found: dict[str, str] = {}
     for name in select(model, cfg.target_modules, cfg.exclude_modules):
         module: Any = own[name]
@@ -191,16 +192,6 @@ def new_plan(reasons: Mapping[str, str], parts: Callable[[str], tuple[str, Part,
         plan.layers.append(Layer(name, kind, (O, I), even, priced.largest, priced.before, None, priced.before, reason))
         plan.prices[name] = priced
     return plan
-
-
-def _shared(model: nn.Module) -> set[int]:
-    """Ids of weights that several modules use."""
-    users: dict[int, int] = {}
-    for _, module in unwrapped(model).named_modules(remove_duplicate=False):
-        for p in module._parameters.values():
-            if p is not None:
-                users[id(p)] = users.get(id(p), 0) + 1
-    return {key for key, count in users.items() if count > 1}
 
 
 # ---------------------------------------------------------------- ranks

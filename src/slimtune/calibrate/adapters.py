@@ -248,8 +248,7 @@ def inputs(
             for _, batch in run.each(batches):
                 seen: dict[Any, Any] = {}
                 for part in parts.values():
-                    part.mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-                    part.seen = seen
+                    part.mask, part.seen = own_mask(batch), seen
                 with torch.no_grad():
                     run_forward(run.model, batch)
                 seen.clear()
@@ -335,6 +334,14 @@ def own_forward(model: nn.Module, batch: Any) -> Any:
             "Give loss=lambda model, batch: ..., or forward="
         )
     return model(**batch) if isinstance(batch, Mapping) else model(batch)
+
+
+def own_mask(batch: Any) -> Tensor | None:
+    """Which tokens count, (B, S). Of a mask (B, ..., S) of pairs, which may be one that is added, those looked at."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.dim() < 3:
+        return mask if isinstance(mask, Tensor) else None
+    return (mask == 0 if mask.is_floating_point() else mask != 0).flatten(1, -2).any(1)
 
 
 # ---------------------------------------------------------------- what a recipe needs

@@ -23,7 +23,7 @@ from ..ops.processes import several, summed
 from ..structures.base import check_count
 from ..taps import Loss, Passes, Product, Progress, counter, length, passes_over, sum_dtype
 from ..targets import own_modules, select
-from .adapters import own_forward
+from .adapters import own_forward, own_mask
 
 __all__ = ["errors", "fisher", "moments"]
 
@@ -208,21 +208,13 @@ def _watch(
         for _, batch in run.each(batches):
             seen: list[Any] = []
             for watch in watches:
-                watch.mask, watch.seen = _mask(batch), seen
+                watch.mask, watch.seen = own_mask(batch), seen
             with torch.no_grad():
                 (forward or own_forward)(run.model, batch)
             done()
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _mask(batch: Any) -> Tensor | None:
-    """Which tokens count, (B, S). Of a mask (B, ..., S) of pairs, which may be one that is added, those looked at."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if not isinstance(mask, Tensor) or mask.dim() < 3:
-        return mask if isinstance(mask, Tensor) else None
-    return (mask == 0 if mask.is_floating_point() else mask != 0).flatten(1, -2).any(1)
 
 
 def _over_processes(watches: Sequence[_Watch], device: torch.device) -> None:
@@ -346,7 +338,7 @@ def errors(
         try:
             for _, batch in run.each(batches):
                 for watch in watches.values():
-                    watch.mask = _mask(batch)
+                    watch.mask = own_mask(batch)
                 (forward or own_forward)(run.model, batch)
                 done()
         finally:
