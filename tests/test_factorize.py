@@ -88,6 +88,28 @@ def test_moments_go_through_the_switch(optimizer):
     opt.step()
 
 
+def test_optimizers_that_cannot_follow():
+    model = nn.Sequential(nn.Linear(9, 7))
+    with pytest.raises(SlimtuneError, match="LBFGS"):
+        st.factorize(model, {"0": 2}, optimizer=torch.optim.LBFGS(model.parameters()))
+    assert type(model[0]) is nn.Linear
+
+
+def test_the_mean_of_centred_rmsprop_stays_below_that_of_squares():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(9, 7))
+    optimizer = torch.optim.RMSprop(model.parameters(), 1e-4, centered=True)
+    x = torch.randn(20, 9)
+    for _ in range(30):
+        optimizer.zero_grad()
+        (model(x) - x[:, :7]).square().mean().backward()
+        optimizer.step()
+    st.factorize(model, {"0": 3}, optimizer=optimizer)
+    for p in model[0].structure.parameters():
+        state = optimizer.state[p]
+        assert (state["square_avg"] >= state["grad_avg"].square()).all() and state["square_avg"].any()
+
+
 def test_a_description_remakes_the_shape():
     torch.manual_seed(0)
     model, ids = Chain(), Chain.ids()

@@ -25,7 +25,7 @@ pytest.importorskip("transformers")
 SWITCH = 5
 
 
-class Halve(st.Controller):
+class HalveRate(st.Controller):
     """After step 5 every layer it is given is factorised at half its break-even rank."""
 
     replaces = True
@@ -59,7 +59,7 @@ def _no_pictures(monkeypatch):
 
 @pytest.fixture
 def halve(monkeypatch):
-    monkeypatch.setitem(whole.WHOLE, "halve", whole.Whole("every weight", "Halve"))
+    monkeypatch.setitem(whole.WHOLE, "halve", whole.Whole("every weight", "HalveRate"))
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +188,7 @@ def test_settings_that_nothing_reads_are_refused(halve, tmp_path, case):
 
 def test_what_the_method_cannot_take_is_refused_before_anything_is_written(halve, tmp_path):
     for changes, said in (
-        ({"method_options": {"shares": 1}}, "Halve has no option 'shares'"),
+        ({"method_options": {"shares": 1}}, "HalveRate has no option 'shares'"),
         ({"exclude_modules": ["6"]}, "exclude_modules: method halve acts on every layer that it can"),
         ({"target_modules": ["9"]}, "'9' matches nothing"),
         ({"torch_compile": True}, "torch_compile: method halve puts new parameters"),

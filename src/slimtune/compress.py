@@ -126,6 +126,8 @@ def factorize(
         ('LowRank', 8)
     """
     make, optimizers, own = factors or svd(), optimizers_of(optimizer), own_modules(model)
+    if any(isinstance(o, torch.optim.LBFGS) for o in optimizers):
+        raise SlimtuneError("factorize: LBFGS keeps one vector of all parameters, which cannot change; make it anew")
     shared = shared_weights(model)
     report, plans = FactorizeReport(), []
     for name, rank in ranks.items():
@@ -232,7 +234,9 @@ def _carry(optimizer: torch.optim.Optimizer, weight: nn.Parameter, module: Struc
         )
         return
     for key, value in state.items():
-        if key in oriented:
+        if key == "grad_avg":  # of centred RMSprop: its square must stay below the carried mean of squares
+            parts = [torch.zeros_like(p) for p in new]
+        elif key in oriented:
             parts = _pulled(module.structure, oriented[key], square=starts_at_mean(key))
         else:
             parts = [value.clone() if torch.is_tensor(value) else value for _ in new]

@@ -25,6 +25,8 @@ __all__ = ["TRP"]
 
 PENALTIES = ("subgradient", "prox")
 KEPT = "trp_subgradient"
+OWN = (KEPT, "grad_avg")
+"""State of the weight's shape that is no momentum; centred RMSprop needs its mean below the root of its squares'."""
 
 
 class TRP(Controller):
@@ -207,7 +209,12 @@ class TRP(Controller):
             state = self._optimizer.state.get(m.parameter)
             if self.momentum and rank < len(s):
                 for key, v in (state or {}).items():
-                    if torch.is_tensor(v) and v.shape == m.parameter.shape and not starts_at_mean(key) and key != KEPT:
+                    if (
+                        torch.is_tensor(v)
+                        and v.shape == m.parameter.shape
+                        and not starts_at_mean(key)
+                        and key not in OWN
+                    ):
                         v.copy_(m.back(found.tangent(n, rank, m.of(v))))
             # an optimizer that has no state of a parameter yet would take ours for its own
             if more and self.weight and self.penalty == "subgradient" and state:
