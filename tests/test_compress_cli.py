@@ -16,13 +16,13 @@ import torch
 import slimtune as st
 import tinyrun
 from slimtune import cli
-from slimtune.app import compress_config
-from slimtune.app.compress import compress
-from slimtune.app.compress_config import CompressConfig, load_compress_config, method_options
-from slimtune.app.compress_end import _speed, told
-from slimtune.app.compress_plan import Layer, Plan
-from slimtune.app.compress_report import pictures
-from slimtune.app.compress_state import State
+from slimtune.app.compress import config as compress_config
+from slimtune.app.compress.command import compress
+from slimtune.app.compress.config import CompressConfig, load_compress_config, method_options
+from slimtune.app.compress.end import _speed, told
+from slimtune.app.compress.plan import Layer, Plan
+from slimtune.app.compress.report import pictures
+from slimtune.app.compress.state import State
 from slimtune.app.config import TaskConfig, load_config
 from slimtune.errors import ConfigError, SlimtuneError, TargetError, VerificationError
 
@@ -155,7 +155,7 @@ def test_without_data(tmp_path, settings, message):
 
 def test_every_field_is_documented_and_read():
     folder = Path(inspect.getfile(CompressConfig)).parent
-    code = "\n".join(p.read_text() for p in folder.glob("compress*.py"))
+    code = "\n".join(p.read_text() for p in folder.glob("*.py"))
     for name, field in CompressConfig.model_fields.items():
         assert field.description, name
         if name not in TaskConfig.model_fields:  # those a task reads
@@ -448,7 +448,7 @@ def test_other_settings_or_weights_are_refused(whole, place, tmp_path):
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=["full", "failing"])
 def test_a_disk_that_fails(whole, place, tmp_path, monkeypatch, code):
-    from slimtune.app import compress_state
+    from slimtune.app.compress import state as compress_state
 
     replace, calls = compress_state._replace, []
 
@@ -517,7 +517,7 @@ def test_from_file_to_file_is_what_factorize_does(place, tmp_path):
 def test_one_tensor_at_a_time_of_a_model_in_shards_with_shared_embeddings(place, tmp_path, monkeypatch):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from slimtune.app.compress_shards import Reader
+    from slimtune.app.compress.shards import Reader
 
     config = AutoConfig.from_pretrained(place / "llama")
     config.tie_word_embeddings, config.num_hidden_layers = True, 3
@@ -535,7 +535,7 @@ def test_one_tensor_at_a_time_of_a_model_in_shards_with_shared_embeddings(place,
         return tensor
 
     monkeypatch.setattr(Reader, "read", watched)
-    monkeypatch.setattr("slimtune.app.compress_shards.SHARD_BYTES", 3000)
+    monkeypatch.setattr("slimtune.app.compress.shards.SHARD_BYTES", 3000)
     done = compress(shards(tmp_path, tmp_path / "out"))
     assert len(most) > 20 and max(most) <= 3000 + 2 * largest < sum(p.numel() * 4 for p in model.parameters()) / 2
     small = st.load_compressed(tmp_path / "out" / "model")
@@ -546,7 +546,7 @@ def test_one_tensor_at_a_time_of_a_model_in_shards_with_shared_embeddings(place,
 
 @pytest.mark.parametrize("at", [4, 11])
 def test_files_go_on_to_the_same_bits(place, tmp_path, monkeypatch, at):
-    monkeypatch.setattr("slimtune.app.compress_shards.SHARD_BYTES", 3000)
+    monkeypatch.setattr("slimtune.app.compress.shards.SHARD_BYTES", 3000)
     compress(shards(place, tmp_path / "whole"))
     keep, made = State.keep, []
 

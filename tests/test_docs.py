@@ -69,7 +69,7 @@ def test_python_blocks_run(page: str, tmp_path: Path) -> None:
 
 
 def test_yaml_blocks_are_valid_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from slimtune.app.compress_config import load_compress_config
+    from slimtune.app.compress.config import load_compress_config
     from slimtune.app.config import load_config
 
     monkeypatch.chdir(tmp_path)

@@ -103,7 +103,7 @@ def compress(
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of the file.")] = False,
 ) -> None:
     """Make a model's weights smaller, and measure what that costs; continues an interrupted call."""
-    from slimtune.app.compress_config import CompressConfig, load_compress_config
+    from slimtune.app.compress.config import CompressConfig, load_compress_config
 
     if schema:
         import json
@@ -119,8 +119,8 @@ def compress(
         raise typer.BadParameter("give a configuration: slimtune compress compress.yaml [key=value ...]")
     checked = load_compress_config(file, settings)
 
-    from slimtune.app.compress import closing_lines
-    from slimtune.app.compress import compress as run
+    from slimtune.app.compress.command import closing_lines
+    from slimtune.app.compress.command import compress as run
 
     result = run(checked)
     if result.interrupted:
@@ -209,10 +209,10 @@ def methods(name: Annotated[str | None, typer.Argument(help="One method, in full
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Write report.html of a run, finished or not, or of a compression, from what its folder holds."""
-    from slimtune.app.compress_state import RECORD
+    from slimtune.app.compress.state import RECORD
 
     if (run / RECORD).is_file():
-        from slimtune.app.compress_report import write_report as write_compress_report
+        from slimtune.app.compress.report import write_report as write_compress_report
 
         print(write_compress_report(run))
         return

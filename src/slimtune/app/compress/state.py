@@ -22,7 +22,7 @@ from slimtune.errors import ConfigError, SlimtuneError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from slimtune.app.compress_config import CompressConfig
+    from slimtune.app.compress.config import CompressConfig
 
 FOLDER, TABLE, RECORD, CONFIG = "state", "state.json", "compress.json", "compress.yaml"
 FORMAT = 1

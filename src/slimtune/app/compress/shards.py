@@ -19,12 +19,12 @@ import slimtune as st
 from slimtune.allocate import price
 from slimtune.app import setup
 from slimtune.app.calibration import meter
-from slimtune.app.compress import CompressResult, Stopped, peak_memory, say
-from slimtune.app.compress_config import CompressConfig
-from slimtune.app.compress_end import DENSE, MODEL, close, make_record, size_of
-from slimtune.app.compress_plan import Layer, Plan, decide, explicit, find_layers, make_factors, new_plan, shared_out
-from slimtune.app.compress_state import FREE, State
-from slimtune.app.compress_statistics import allocated, reproducible
+from slimtune.app.compress.command import CompressResult, Stopped, peak_memory, say
+from slimtune.app.compress.config import CompressConfig
+from slimtune.app.compress.end import DENSE, MODEL, close, make_record, size_of
+from slimtune.app.compress.plan import Layer, Plan, decide, explicit, find_layers, make_factors, new_plan, shared_out
+from slimtune.app.compress.state import FREE, State
+from slimtune.app.compress.statistics import allocated, reproducible
 from slimtune.app.signals import StopRequest
 from slimtune.compressed.folders import is_compressed, read_compressed
 from slimtune.compressed.writing import model_files, model_record, transformers_class

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from slimtune.app import intervals, plots
-from slimtune.app.compress_plan import HEADS, Layer, row
-from slimtune.app.compress_state import RECORD, writing
+from slimtune.app.compress.plan import HEADS, Layer, row
+from slimtune.app.compress.state import RECORD, writing
 from slimtune.app.page import (
     figure_card,
     in_bytes,

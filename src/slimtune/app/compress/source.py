@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimtune.app.compress_config import CompressConfig
+from slimtune.app.compress.config import CompressConfig
 from slimtune.errors import ConfigError
 
 if TYPE_CHECKING:

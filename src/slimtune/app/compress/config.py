@@ -132,7 +132,7 @@ def load_compress_config(path: str | Path | None, overrides: Sequence[str] = ())
 def factor_options() -> dict[str, tuple[str, ...]]:
     """What `slimtune.factors` offers and its options, read from the source: importing it would import torch."""
     found: dict[str, tuple[str, ...]] = {}
-    for source in sorted((Path(__file__).parent.parent / "factors").glob("*.py")):
+    for source in sorted((Path(__file__).parents[2] / "factors").glob("*.py")):
         for node in ast.parse(source.read_text(encoding="utf-8")).body:
             if not isinstance(node, (ast.ClassDef, ast.FunctionDef)):
                 continue

@@ -11,16 +11,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimtune.app import compress_state
-from slimtune.app.compress_config import CompressConfig
+from slimtune.app.compress import state as compress_state
+from slimtune.app.compress.config import CompressConfig
 from slimtune.app.signals import StopRequest
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from slimtune.app.compress_plan import Layer, Plan
-    from slimtune.app.compress_source import Source
-    from slimtune.app.compress_state import State
+    from slimtune.app.compress.plan import Layer, Plan
+    from slimtune.app.compress.source import Source
+    from slimtune.app.compress.state import State
 
 
 class Stopped(Exception):
@@ -48,7 +48,7 @@ def compress(cfg: CompressConfig) -> CompressResult:
         VerificationError: what was written is not what was computed.
         SlimtuneError: the folder cannot be written.
     """
-    from slimtune.app.compress_source import settled
+    from slimtune.app.compress.source import settled
 
     with StopRequest() as stop:
         if (record := compress_state.finished(cfg)) is not None:
@@ -58,7 +58,7 @@ def compress(cfg: CompressConfig) -> CompressResult:
         chosen = settled(cfg)
         try:
             if chosen.dataset_name is None and chosen.model_factory is None:
-                from slimtune.app.compress_shards import compress_shards
+                from slimtune.app.compress.shards import compress_shards
 
                 return compress_shards(cfg, chosen, stop)
             return _Compression(cfg, chosen, stop).run()
@@ -91,8 +91,8 @@ class _Compression:
 
     def __init__(self, cfg: CompressConfig, chosen: CompressConfig, stop: StopRequest) -> None:
         from slimtune.app import setup
-        from slimtune.app.compress_source import open_source
-        from slimtune.app.compress_statistics import Statistics
+        from slimtune.app.compress.source import open_source
+        from slimtune.app.compress.statistics import Statistics
 
         self.cfg, self.stop, self.began = chosen, stop, time.perf_counter()
         self.out = Path(cfg.output_dir)
@@ -113,7 +113,7 @@ class _Compression:
         return self.source.model
 
     def run(self) -> CompressResult:
-        from slimtune.app.compress_end import finish
+        from slimtune.app.compress.end import finish
 
         self.stop.deferred = True
         plan = self.plan()
@@ -132,8 +132,8 @@ class _Compression:
     # ---- the plan
 
     def plan(self) -> Plan:
-        from slimtune.app import compress_plan as planning
-        from slimtune.app.compress_statistics import allocated
+        from slimtune.app.compress import plan as planning
+        from slimtune.app.compress.statistics import allocated
 
         reasons = planning.find_layers(self.model, self.cfg)
         given = planning.explicit(self.cfg, reasons)
@@ -165,7 +165,7 @@ class _Compression:
         """Batches of the calibration examples, in an order drawn from the data seed."""
         import torch
 
-        from slimtune.app.compress_measure import batches
+        from slimtune.app.compress.measure import batches
 
         cfg, task = self.cfg, self.source.task
         assert task is not None
@@ -178,7 +178,7 @@ class _Compression:
 
     def scores(self, when: str) -> dict[str, Any] | None:
         """The task's metrics by split, from the state if they were measured before."""
-        from slimtune.app.compress_measure import score
+        from slimtune.app.compress.measure import score
 
         task = self.source.task
         if task is None:
@@ -222,7 +222,7 @@ class _Compression:
 
     def one(self, layer: Layer) -> None:
         """A layer's twin, which holds a structure in its weight's place."""
-        from slimtune.app.compress_layer import read_layer, write_layer
+        from slimtune.app.compress.layer import read_layer, write_layer
         from slimtune.factors import Replacement
         from slimtune.substitutes import substitute
 
@@ -240,7 +240,7 @@ class _Compression:
 
     def take(self, modules: Mapping[str, nn.Module]) -> None:
         """Put modules into the model."""
-        from slimtune.app.compress_measure import exchange
+        from slimtune.app.compress.measure import exchange
 
         exchange(self.model, modules)
 
@@ -267,7 +267,7 @@ class _Compression:
 
     def times(self, plan: Plan) -> dict[str, Any]:
         """Seconds of the dense and the compressed model, and of every layer."""
-        from slimtune.app.compress_measure import latency, layer_latencies, to_device
+        from slimtune.app.compress.measure import latency, layer_latencies, to_device
 
         task, cfg, source = self.source.task, self.cfg, self.source
         if task is None or not cfg.latency_runs:
@@ -292,7 +292,7 @@ class _Compression:
 
 def closing_lines(result: CompressResult) -> Iterator[str]:
     """The table of what was measured, what to know about it, and the verdict."""
-    from slimtune.app.compress_plan import Layer, table
+    from slimtune.app.compress.plan import Layer, table
 
     record = result.record
     if "verdict" not in record:

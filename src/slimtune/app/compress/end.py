@@ -16,18 +16,18 @@ from torch import Tensor, nn
 
 import slimtune as st
 from slimtune.app import intervals
-from slimtune.app.compress import CompressResult, peak_memory
-from slimtune.app.compress_config import CALIBRATED, CompressConfig
-from slimtune.app.compress_measure import evaluating, to_device
-from slimtune.app.compress_plan import Layer, Plan, share
-from slimtune.app.compress_state import CONFIG, RECORD, writing
+from slimtune.app.compress.command import CompressResult, peak_memory
+from slimtune.app.compress.config import CALIBRATED, CompressConfig
+from slimtune.app.compress.measure import evaluating, to_device
+from slimtune.app.compress.plan import Layer, Plan, share
+from slimtune.app.compress.state import CONFIG, RECORD, writing
 from slimtune.app.record import rises
 from slimtune.app.setup import write_text
 from slimtune.app.verdict import say as digits
 from slimtune.errors import VerificationError
 
 if TYPE_CHECKING:
-    from slimtune.app.compress import _Compression
+    from slimtune.app.compress.command import _Compression
 
 MODEL, DENSE = "model", "dense"
 SAME = {torch.float64: 1e-12, torch.float32: 1e-5}  # of the outputs: orders of summation
@@ -68,7 +68,7 @@ def finish(
 
 def close(out: Path, cfg: CompressConfig, record: dict[str, Any], tidy: Any) -> CompressResult:
     """Write compress.yaml, compress.json and the report."""
-    from slimtune.app.compress_report import write_report
+    from slimtune.app.compress.report import write_report
 
     record["peak_memory_bytes"] = peak_memory()
     with writing(out):

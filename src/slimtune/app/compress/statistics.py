@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.allocate import Price, Sensitivity, price, sensitivity, tail, uniform
-from slimtune.app.compress_config import CALIBRATED, CompressConfig
-from slimtune.app.compress_plan import Layer, hash_of, make_factors
+from slimtune.app.compress.config import CALIBRATED, CompressConfig
+from slimtune.app.compress.plan import Layer, hash_of, make_factors
 from slimtune.compress import part_of
 from slimtune.errors import ConfigError
 from slimtune.factors import Factors, LayerMoments, Part, Principal, afm
@@ -22,7 +22,7 @@ from slimtune.ranks import seeded
 from slimtune.structures import Structure
 
 if TYPE_CHECKING:
-    from slimtune.app.compress import _Compression
+    from slimtune.app.compress.command import _Compression
 
 
 def allocated(
@@ -116,7 +116,7 @@ class Statistics:
 
     def _calibrate(self, names: Sequence[str], keep: bool) -> None:
         """One pass over the data for every group of layers whose moments fit into `memory`."""
-        from slimtune.app.compress import going
+        from slimtune.app.compress.command import going
         from slimtune.calibrate import moments
 
         job, source = self.job, self.job.source
@@ -190,8 +190,8 @@ class Statistics:
 
     def weights(self, prices: Mapping[str, Price], keep: float) -> dict[str, float] | None:
         """Weights of the layers' errors, measured on the calibration examples; None where none are asked for."""
-        from slimtune.app.compress import going
-        from slimtune.app.compress_measure import mean_loss
+        from slimtune.app.compress.command import going
+        from slimtune.app.compress.measure import mean_loss
 
         job = self.job
         if self.cfg.allocation != "sensitivity" or not prices or any(p.errors is None for p in prices.values()):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from slimtune.allocate import Price
-from slimtune.app.compress_config import CompressConfig
+from slimtune.app.compress.config import CompressConfig
 from slimtune.compress import shared_weights
 from slimtune.errors import ConfigError, TargetError
 from slimtune.factors import FACTORS, Factors, Part

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from slimtune.app.compress_plan import Layer, hash_of
-from slimtune.app.compress_state import State
+from slimtune.app.compress.plan import Layer, hash_of
+from slimtune.app.compress.state import State
 from slimtune.errors import ConfigError, StructureError
 from slimtune.layouts import layout_of
 from slimtune.recipe import subclasses

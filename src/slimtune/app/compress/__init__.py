@@ -1,0 +1,1 @@
+"""`slimtune compress`."""
