@@ -59,10 +59,10 @@ class Network:
     seeds: tuple[int, ...] = SEEDS
 
 
-FINE_TUNING = ("full", "trp-nuclear", "before", "cuttlefish", "trp-mild", "trp-spatial", "trp-prox")
+FINE_TUNING = ("full", "trp-mild", "trp-prox", "before-mild", "trp-nuclear", "before", "trp-spatial", "cuttlefish")
 NETWORKS = {
     "resnet20": Network(3, 624, "resnet20_cifar10.safetensors", 0.02, FINE_TUNING),
-    "resnet56": Network(9, 156, "resnet56_cifar10.safetensors", 0.02, FINE_TUNING),
+    "resnet56": Network(9, 156, "resnet56_cifar10.safetensors", 0.02, ("full", "trp-nuclear", "before", "cuttlefish")),
     "resnet20-scratch": Network(3, 1560, None, 0.1, ("full", "cuttlefish-scratch", "pufferfish")),
 }
 
@@ -94,7 +94,8 @@ def runs() -> dict[str, Run]:
         "trp-nuclear": Run("TRP, channel, e = 0.05", trp()),
         "trp-prox": Run("TRP, channel, e = 0.02, proximal steps", trp(tail=0.02, penalty="prox", weight=0.3)),
         "trp-spatial": Run("TRP, spatial, e = 0.05", trp(form="spatial")),
-        "before": Run("SVD first, then trained, channel", before=("channel", "trp-nuclear")),
+        "before": Run("SVD first, then trained: cost of e = 0.05", before=("channel", "trp-nuclear")),
+        "before-mild": Run("SVD first, then trained: cost of e = 0.02", before=("channel", "trp-mild")),
         "cuttlefish": Run("Cuttlefish, ranks by energy", cuttlefish(targets=CONVOLUTIONS, rule="energy")),
         "cuttlefish-scratch": Run("Cuttlefish", cuttlefish(targets=r"layer[23]\.\d+\.conv\d$", period=78)),
         "pufferfish": Run("a quarter of every rank after a fifth of the steps (Pufferfish)", during=(0.2, 0.25)),
@@ -288,23 +289,18 @@ def table() -> str:
         seeds = len(found["full"])
         head = f"**{net}**, {base['steps']} steps of {BATCH} images, {seeds} seed{'s' * (seeds > 1)}; untouched "
         head += f"{base['accuracy_base']:.2f} %, full cost {dense / 1e6:.1f} million multiply-adds"
-        lines = [
-            head,
-            "",
-            "| | test, % | at its end, before factors | SVD after, same cost | fewer multiply-adds | parameters |",
-        ]
-        lines.append("|---|---|---|---|---|---|")
-        for results in found.values():
+        lines = [head, "", "| | test, % | SVD after, same cost | fewer multiply-adds | parameters |"]
+        lines.append("|---|---|---|---|---|")
+        for name, results in found.items():
             if not results:
                 continue
-            cells = [results[0]["title"], _spread([r["accuracy"] for r in results])]
-            cells.append(_spread([r["accuracy_trained"] for r in results]))
+            cells = [runs()[name].title, _spread([r["accuracy"] for r in results])]
             cells.append(_spread([r["after"]["accuracy"] for r in results if "after" in r]))
             cells.append(f"{dense / statistics.mean(r['multiply_adds'] for r in results):.2f}x")
             cells.append(f"{statistics.mean(r['parameters'] for r in results) / 1000:.0f} k")
             lines.append("| " + " | ".join(cells) + " |")
         parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+    return "\n\n".join(parts) + "\n"
 
 
 def _spread(values: list[float]) -> str:
@@ -328,7 +324,7 @@ def picture() -> None:
             results = [read(net, name, s) for s in NETWORKS[net].seeds if file_of(net, name, s).is_file()]
             if results:
                 cost = [r["multiply_adds"] / 1e6 for r in results]
-                ax.plot(cost, [r["accuracy"] for r in results], "o", color=f"C{index}", label=results[0]["title"])
+                ax.plot(cost, [r["accuracy"] for r in results], "o", color=f"C{index}", label=runs()[name].title)
                 later = [r["after"] for r in results if "after" in r]
                 ax.plot(
                     [r["multiply_adds"] / 1e6 for r in later], [r["accuracy"] for r in later], "x", color=f"C{index}"

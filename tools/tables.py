@@ -7,13 +7,13 @@ from pathlib import Path
 
 from pydantic_core import PydanticUndefined
 
-from slimtune.app.compress_config import CompressConfig
+from slimtune.app.compress.config import CompressConfig
 from slimtune.app.config import TaskConfig, TrainConfig
 from slimtune.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from bench import adaptive, costs, real  # noqa: E402
+from bench import adaptive, costs, lorae, lord, lowrank, lowrank_costs, real  # noqa: E402
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -70,7 +70,12 @@ PLACES = {
     "costs": (METHODS, real.costs),
     "adaptive": (ROOT / "docs" / "adaptive.md", adaptive.table),
     "adaptive-costs": (ROOT / "docs" / "adaptive.md", costs.table),
+    "lorae": (ROOT / "docs" / "lorae.md", lorae.table),
+    "lorae-matrices": (ROOT / "docs" / "lorae.md", lorae.inner),
     "rates": (ROOT / "docs" / "adaptive.md", adaptive.rates),
+    "lord": (ROOT / "docs" / "compression.md", lord.table),
+    "lowrank": (ROOT / "docs" / "compression.md", lowrank.table),
+    "lowrank-costs": (ROOT / "docs" / "compression.md", lowrank_costs.table),
 }
 
 
