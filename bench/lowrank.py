@@ -317,8 +317,8 @@ def picture() -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    nets = [net for net in NETWORKS if file_of(net, "full", NETWORKS[net].seeds[0]).is_file()]
-    figure, axes = plt.subplots(1, len(nets), figsize=(5.2 * len(nets), 3.8), squeeze=False, layout="constrained")
+    nets = [net for net in NETWORKS if len(list(RESULTS.glob(f"{net}-[!s]*.json"))) > len(NETWORKS[net].seeds)]
+    figure, axes = plt.subplots(1, len(nets), figsize=(5.6 * len(nets), 4.8), squeeze=False, layout="constrained")
     for ax, net in zip(axes[0], nets, strict=True):
         for index, name in enumerate(NETWORKS[net].runs):
             results = [read(net, name, s) for s in NETWORKS[net].seeds if file_of(net, name, s).is_file()]
@@ -331,7 +331,14 @@ def picture() -> None:
                 )
         ax.set(title=net, xlabel="million multiply-adds per image", ylabel="JPEG-CIFAR test accuracy, %")
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=7, title="x: SVD after training, same cost", title_fontsize=7)
+        ax.legend(
+            fontsize=7,
+            title="x: SVD after training, same cost",
+            title_fontsize=7,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.16),
+            ncols=2,
+        )
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(PICTURE, dpi=130)
 

@@ -117,7 +117,7 @@ BAD = [
     ("method_options: {centered: false}", r"c.yaml:5: method_options: lord has no option 'centered'; did you mean"),
     ("method_options: {moments: {}}", "c.yaml:5: method_options: lord has no option 'moments'"),
     ("learning_rate: 0.1", "c.yaml:5: unknown key 'learning_rate'"),
-    ("allocation: best", "c.yaml:5: allocation: expected 'uniform', 'tail' or 'sensitivity', found 'best'"),
+    ("allocation: best", "c.yaml:5: allocation: expected 'uniform', 'tail', 'fisher' or 'sensitivity', found 'best'"),
     ("ranks: {q_proj: 0}", "c.yaml:5: ranks: the rank of 'q_proj' must be at least 1, found 0"),
     ("memory: much", "c.yaml:5: memory: expected a whole number, found 'much'"),
     ("label_column: x", "c.yaml:5: label_column: task sft does not read it"),
@@ -143,9 +143,10 @@ def test_one_mistake(tmp_path, monkeypatch, line, message):
         ({}, "dataset_name: method lord takes statistics of data"),
         ({"method": "svd", "calibration_samples": 3}, "calibration_samples: only used with dataset_name"),
         ({"method": "svd", "allocation": "sensitivity"}, "sensitivity is measured on data"),
+        ({"method": "svd", "allocation": "fisher"}, "fisher is measured on data"),
         ({"method": "svd", "task": "sft"}, "task: only used with dataset_name"),
     ],
-    ids=["lord", "samples", "sensitivity", "task"],
+    ids=["lord", "samples", "sensitivity", "fisher", "task"],
 )
 def test_without_data(tmp_path, settings, message):
     overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
@@ -242,13 +243,29 @@ def test_scores_are_those_of_training(whole, place, tmp_path):
     assert before == pytest.approx(run.metrics["base"], rel=1e-5)
 
 
-@pytest.mark.parametrize("allocation", ["tail", "sensitivity"])
+@pytest.mark.parametrize("allocation", ["tail", "fisher", "sensitivity"])
 def test_allocations_keep_to_the_budget(place, tmp_path, allocation, capsys):
     result = compress(text(place, tmp_path / "out", allocation=allocation, plan_only=True))
     layers = result.record["plan"]
     assert 0.6 < sum(x["after"] for x in layers) / sum(x["before"] for x in layers) <= 0.7
     assert len({x["rank"] for x in layers}) > 2
     assert "parameters (" in capsys.readouterr().out and not (tmp_path / "out" / "model").exists()
+
+
+def test_fisher_keeps_what_the_loss_needs(place, tmp_path, monkeypatch):
+    """A layer whose outputs are said to cost a million times as much stays dense."""
+    from slimtune.app.compress import statistics
+
+    dear, real = "model.layers.0.mlp.up_proj", statistics.fisher
+
+    def fisher(*args, **options):
+        found = real(*args, **options)
+        assert all(value > 0 for value in found.values())
+        return {name: 1e6 if name == dear else 1.0 for name in found}
+
+    monkeypatch.setattr(statistics, "fisher", fisher)
+    plan = compress(text(place, tmp_path / "out", allocation="fisher", plan_only=True)).record["plan"]
+    assert {x["name"]: x["rank"] for x in plan}[dear] is None and any(x["rank"] for x in plan)
 
 
 def test_ranks_and_skip(place, tmp_path):

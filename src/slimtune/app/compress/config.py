@@ -16,6 +16,7 @@ from slimtune.app.rules import data_conflicts, folder_conflicts, given, suggest
 
 LORD = "lord"
 CALIBRATED = (LORD,)
+MEASURED = ("fisher", "sensitivity")  # allocations
 SKIPPED = {LORD: ["v_proj"]}  # what a method leaves dense unless told otherwise
 
 _WITH_DATA = ("calibration_samples", "eval_dataset_name", "test_dataset_name", "sequential", "max_eval_samples")
@@ -41,10 +42,11 @@ class CompressConfig(TaskConfig):
     keep: float = Field(
         0.8, gt=0, lt=1, description="Share of the weights of the targeted layers that is left, those in skip included."
     )
-    allocation: Literal["uniform", "tail", "sensitivity"] = Field(
+    allocation: Literal["uniform", "tail", "fisher", "sensitivity"] = Field(
         "uniform",
         description="How the ranks share it: the same share in every layer; where they lose least of the outputs "
-        "(of the weights, for methods without data); or by what each kind of layer costs the loss.",
+        "(of the weights, for methods without data); the same, weighed by the squared gradients of the loss (lord "
+        "only); or by what each kind of layer costs the loss.",
     )
     multiple: int = Field(8, ge=1, description="Ranks are rounded down to a multiple of this where that leaves any.")
     ranks: dict[str, int] = Field(
@@ -183,8 +185,8 @@ def conflicts(cfg: CompressConfig) -> Iterable[tuple[str, str]]:
     if cfg.dataset_name is None:
         if cfg.method in CALIBRATED:
             yield "dataset_name", f"method {cfg.method} takes statistics of data; name some, or take method svd"
-        if cfg.allocation == "sensitivity":
-            yield "allocation", "sensitivity is measured on data: name dataset_name"
+        if cfg.allocation in MEASURED:
+            yield "allocation", f"{cfg.allocation} is measured on data: name dataset_name"
         for name in _WITH_DATA:
             if given(cfg, name):
                 yield name, "only used with dataset_name"
@@ -193,6 +195,8 @@ def conflicts(cfg: CompressConfig) -> Iterable[tuple[str, str]]:
     elif cfg.task is None:
         yield "", "missing key 'task'"
     if cfg.method not in CALIBRATED:
+        if cfg.allocation == "fisher" and cfg.dataset_name is not None:
+            yield "allocation", f"fisher weighs errors of outputs, which method {cfg.method} does not foretell"
         for name in _WITH_MOMENTS:
             if given(cfg, name) and not (cfg.dataset_name is None and name in _WITH_DATA):
                 yield name, f"method {cfg.method} takes no statistics that would need it"

@@ -64,7 +64,7 @@ def score(task: Task, rows: Any, size: int, device: torch.device, done: Callable
     with evaluating(task.model):
         for number, batch in enumerate(batches(task, rows, range(len(rows)), size), 1):
             batch = to_device(batch, device)
-            loss, logits = _loss(task, batch)
+            loss, logits = loss_of(task, batch)
             total += float(loss) * len(batch["labels"])
             found.append(task.preprocess_logits(logits, batch["labels"]).double().cpu().numpy())
             labels.append(batch["labels"].cpu().numpy())
@@ -80,10 +80,11 @@ def score(task: Task, rows: Any, size: int, device: torch.device, done: Callable
 def mean_loss(task: Task, batches: Sequence[Batch], device: torch.device) -> float:
     """The loss of the model as it is, mean over batches."""
     with evaluating(task.model):
-        return statistics.fmean(float(_loss(task, to_device(batch, device))[0]) for batch in batches)
+        return statistics.fmean(float(loss_of(task, to_device(batch, device))[0]) for batch in batches)
 
 
-def _loss(task: Task, batch: Batch) -> tuple[Tensor, Any]:
+def loss_of(task: Task, batch: Batch) -> tuple[Tensor, Any]:
+    """(mean loss, logits) of a batch on the model's device."""
     if task.loss is not None:
         loss, outputs = task.loss(task.model, batch, True)
         return loss, outputs["logits"]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from slimtune.allocate import Price, Sensitivity, price, sensitivity, tail, uniform
 from slimtune.app.compress.config import CALIBRATED, CompressConfig
 from slimtune.app.compress.plan import Layer, hash_of, make_factors
+from slimtune.calibrate import fisher
 from slimtune.compress import part_of
 from slimtune.errors import ConfigError
 from slimtune.factors import Factors, LayerMoments, Part, Principal, afm
@@ -190,14 +191,37 @@ class Statistics:
 
     def weights(self, prices: Mapping[str, Price], keep: float) -> dict[str, float] | None:
         """Weights of the layers' errors, measured on the calibration examples; None where none are asked for."""
+        measure = {"fisher": self._fisher, "sensitivity": self._sensitivity}.get(self.cfg.allocation)
+        if measure is None or not prices or any(p.errors is None for p in prices.values()):
+            return None
+        state = self.job.state
+        if (known := state.value(self.cfg.allocation)) is None or set(known) != set(prices):
+            known = measure(prices, keep)
+            state.keep_value(self.cfg.allocation, known)
+        return dict(known)
+
+    def _fisher(self, prices: Mapping[str, Price], keep: float) -> dict[str, float]:
+        from slimtune.app.compress.command import going
+        from slimtune.app.compress.measure import loss_of
+
+        job, task = self.job, self.job.source.task
+        assert task is not None
+        with going(job.stop, "weighing layers") as progress:
+            found = fisher(
+                job.model,
+                job.calibration(),
+                lambda _, batch: loss_of(task, batch)[0],
+                list(prices),
+                seed=self.cfg.seed,
+                progress=progress,
+            )
+        return {name: found[name] * p.energy for name, p in prices.items()}
+
+    def _sensitivity(self, prices: Mapping[str, Price], keep: float) -> dict[str, float]:
         from slimtune.app.compress.command import going
         from slimtune.app.compress.measure import mean_loss
 
         job = self.job
-        if self.cfg.allocation != "sensitivity" or not prices or any(p.errors is None for p in prices.values()):
-            return None
-        if (known := job.state.value("sensitivity")) is not None and set(known) == set(prices):
-            return dict(known)
         task, device = job.source.task, job.source.device
         assert task is not None
         with going(job.stop, "trying layers") as progress:
@@ -209,9 +233,7 @@ class Statistics:
                 keeps=[keep],
                 progress=progress,
             )
-        weights = sensitivities(found, prices, keep)
-        job.state.keep_value("sensitivity", weights)
-        return weights
+        return sensitivities(found, prices, keep)
 
     def predicted(self, layer: Layer) -> float | None:
         """The error at the layer's rank by the present statistics."""
