@@ -21,7 +21,6 @@ from slimtune.app.compress.config import CALIBRATED, CompressConfig
 from slimtune.app.compress.measure import evaluating, to_device
 from slimtune.app.compress.plan import Layer, Plan, share
 from slimtune.app.compress.state import CONFIG, RECORD, writing
-from slimtune.app.record import rises
 from slimtune.app.setup import write_text
 from slimtune.app.verdict import say as digits
 from slimtune.errors import VerificationError
@@ -255,8 +254,7 @@ def _change(entry: Mapping[str, Any], metric: str, split: str) -> str:
     words = f"{metric} {digits(a)} -> {digits(b)} on {n:,} {split} examples"
     change = entry.get("change")
     if change is None:
-        same = digits(a) == digits(b)
-        return words + (", the same" if same else ", better" if (b > a) == rises(metric) else ", worse")
+        return words + (f" ({(b - a) / abs(a):+.1%})" if a else "")  # no interval, no judgement
     ends = f"95 % interval of the change {change['low']:+.3f} to {change['high']:+.3f}"
     return words + (f", a tie ({ends})" if change["tie"] else f" ({ends})")
 

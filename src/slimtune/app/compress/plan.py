@@ -238,7 +238,7 @@ def decide(plan: Plan, ranks: Mapping[str, int], given: Mapping[str, int]) -> No
             continue
         rank, price = given.get(layer.name, ranks.get(layer.name)), plan.prices[layer.name]
         if rank is None:
-            layer.stay("its parameters are worth more than the others'")
+            layer.stay("parameters are worth more there than elsewhere")
         elif rank > layer.largest:
             layer.stay(f"rank {rank} would not make it smaller")
         else:
