@@ -282,7 +282,7 @@ def table() -> str:
             name: [read(net, name, seed) for seed in network_.seeds if file_of(net, name, seed).is_file()]
             for name in network_.runs
         }
-        if not found["full"]:
+        if sum(map(bool, found.values())) < 2:
             continue
         base = found["full"][0]
         dense = base["multiply_adds"]
