@@ -58,7 +58,8 @@ def load_weights(model: nn.Module, folder: Path, adapter: bool, whole: Sequence[
         shapes = [tuple(t[key].shape) if key in t else None for t in (stored, expected)]
         if shapes[0] != shapes[1]:
             raise FileFormatError(f"{folder / MODEL}: {key} has shape {shapes[0]}, the model expects {shapes[1]}")
-        expected[key].copy_(stored[key])
+    for key, t in expected.items():
+        t.copy_(stored[key])
 
 
 def _held(model: nn.Module, whole: Sequence[str]) -> dict[str, dict[str, Any]]:
