@@ -16,8 +16,8 @@ import slimtune as st
 from slimtune import speedup
 from slimtune.compress import describe_structures, part_of, shape_as
 from slimtune.controllers import cuttlefish as module
-from slimtune.controllers.cuttlefish import frobenius_decay, random_stable_rank, scaled_rank, stable_ranks
 from slimtune.controllers.plateau import settled
+from slimtune.controllers.stableranks import frobenius_decay, random_stable_rank, scaled_rank, stable_ranks
 from slimtune.errors import DivergenceError, SlimtuneError, StructureError, TargetError
 from slimtune.factors.base import matrices
 from slimtune.ops import effective_rank, lanczos, participation_rank, rank_by_energy

@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -64,18 +64,9 @@ def train(
     from slimtune.app.config import TrainConfig, load_config
 
     if schema:
-        import json
-
-        print(json.dumps(TrainConfig.model_json_schema(), indent=2))
+        _print_schema(TrainConfig)
         return
-    settings = list(overrides or [])
-    if config is not None and (file is not None or "=" in config):
-        settings.insert(0, config)
-    elif config is not None:
-        file = Path(config)
-    if file is None and not settings:
-        raise typer.BadParameter("give a configuration: slimtune train run.yaml [key=value ...]")
-    checked = load_config(file, settings)
+    checked = load_config(*_given("train", config, list(overrides or []), file))
 
     from slimtune.app.train import train as run
 
@@ -106,18 +97,11 @@ def compress(
     from slimtune.app.compress.config import CompressConfig, load_compress_config
 
     if schema:
-        import json
-
-        print(json.dumps(CompressConfig.model_json_schema(), indent=2))
+        _print_schema(CompressConfig)
         return
-    settings = list(overrides or []) + (["plan_only=true"] if plan_only else [])
-    if config is not None and (file is not None or "=" in config):
-        settings.insert(0, config)
-    elif config is not None:
-        file = Path(config)
-    if file is None and not settings:
-        raise typer.BadParameter("give a configuration: slimtune compress compress.yaml [key=value ...]")
-    checked = load_compress_config(file, settings)
+    checked = load_compress_config(
+        *_given("compress", config, list(overrides or []) + (["plan_only=true"] if plan_only else []), file)
+    )
 
     from slimtune.app.compress.command import closing_lines
     from slimtune.app.compress.command import compress as run
@@ -219,6 +203,23 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     from slimtune.app.report import write_report
 
     print(write_report(run))
+
+
+def _given(verb: str, config: str | None, overrides: list[str], file: Path | None) -> tuple[Path | None, list[str]]:
+    """(file, overrides) of a verb that takes one YAML file and key=value."""
+    if config is not None and (file is not None or "=" in config):
+        overrides = [config, *overrides]
+    elif config is not None:
+        file = Path(config)
+    if file is None and not overrides:
+        raise typer.BadParameter(f"give a configuration: slimtune {verb} FILE.yaml [key=value ...]")
+    return file, overrides
+
+
+def _print_schema(config: Any) -> None:
+    import json
+
+    print(json.dumps(config.model_json_schema(), indent=2))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

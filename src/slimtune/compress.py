@@ -27,6 +27,7 @@ from .targets import own_modules, unwrapped
 __all__ = [
     "FactorizeReport",
     "Factorized",
+    "SizeReport",
     "describe_structures",
     "expand",
     "factorize",
@@ -62,11 +63,10 @@ class Factorized:
         return self.error is None
 
 
-@dataclass
-class FactorizeReport:
-    """What `factorize` did, layer by layer."""
+class SizeReport:
+    """What the reports of compressed layers have in common: numbers before and after."""
 
-    layers: list[Factorized] = field(default_factory=list)
+    layers: list[Any]
 
     @property
     def before(self) -> int:
@@ -77,6 +77,13 @@ class FactorizeReport:
     def after(self) -> int:
         """Numbers in these layers after."""
         return sum(layer.after for layer in self.layers)
+
+
+@dataclass
+class FactorizeReport(SizeReport):
+    """What `factorize` did, layer by layer."""
+
+    layers: list[Factorized] = field(default_factory=list)
 
     def __str__(self) -> str:
         kept = sum(layer.kept for layer in self.layers)

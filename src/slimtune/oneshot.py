@@ -15,7 +15,7 @@ from torch import nn
 
 from .allocate import Price, price, tail
 from .calibrate import errors, moments
-from .compress import check_unshared, factorize, part_of, shared_weights
+from .compress import SizeReport, check_unshared, factorize, part_of, shared_weights
 from .errors import TargetError
 from .factors import Factors, LayerMoments, Part, Replacement, afm
 from .factors.base import check_finite, in_form
@@ -56,20 +56,10 @@ class LordLayer:
 
 
 @dataclass
-class LordReport:
+class LordReport(SizeReport):
     """What `lord` did, layer by layer."""
 
     layers: list[LordLayer] = field(default_factory=list)
-
-    @property
-    def before(self) -> int:
-        """Numbers in these layers before."""
-        return sum(layer.before for layer in self.layers)
-
-    @property
-    def after(self) -> int:
-        """Numbers in these layers after."""
-        return sum(layer.after for layer in self.layers)
 
     @property
     def ranks(self) -> dict[str, int]:

@@ -148,6 +148,23 @@ def spectra(
     Raises:
         DivergenceError: a weight that is not finite.
     """
+    for part, M in stacked(found, who):
+        made = _decomposed(M, exact)
+        if made is not None:
+            joint = made.joint.cpu()
+            yield from ((m, made, n, joint[n]) for n, m in enumerate(part))
+            continue
+        for n, m in enumerate(part):  # one that fails does not take the others with it
+            alone = _decomposed(M[n : n + 1], True)
+            yield m, alone, 0, torch.zeros(0) if alone is None else alone.joint.cpu()[0]
+
+
+def stacked(found: Sequence[Matrix], who: str) -> Iterator[tuple[list[Matrix], Tensor]]:
+    """Matrices of one shape together with their numbers, (N, G, rows, columns); no more than `CHUNK` at a time.
+
+    Raises:
+        DivergenceError: a weight that is not finite.
+    """
     alike: dict[Any, list[Matrix]] = {}
     for m in found:
         alike.setdefault((m.of(m.parameter).shape, m.parameter.device, m.parameter.dtype), []).append(m)
@@ -160,14 +177,7 @@ def spectra(
             if not all(finite):
                 bad = ", ".join(m.name for m, good in zip(part, finite, strict=True) if not good)
                 raise DivergenceError(f"{who}: the weights of {bad} are no longer finite")
-            made = _decomposed(M, exact)
-            if made is not None:
-                joint = made.joint.cpu()
-                yield from ((m, made, n, joint[n]) for n, m in enumerate(part))
-                continue
-            for n, m in enumerate(part):  # one that fails does not take the others with it
-                alone = _decomposed(M[n : n + 1], True)
-                yield m, alone, 0, torch.zeros(0) if alone is None else alone.joint.cpu()[0]
+            yield part, M
 
 
 def _decomposed(M: Tensor, exact: bool) -> Spectra | None:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import DivergenceError, SlimtuneError, StructureError
+from ..errors import SlimtuneError, StructureError
 from ..factors import Part
 from ..factors.base import in_form
 from ..ops.spectral import nuclear_norm
 from ..recipe import is_number
 from ..structures.base import check_count
 from .base import Controller, require_rates
-from .matrices import Matrix, named_matrices, require_held
+from .matrices import Matrix, named_matrices, require_held, stacked
 
 __all__ = ["NuclearNorm"]
 
@@ -108,7 +107,7 @@ class NuclearNorm(Controller):
         if self.form == "prox" or not self._due():
             return
         unscale = getattr(self._optimizer, "grad_scale", None)  # a fused optimizer's gradients are still scaled
-        for rows, M in self._stacked([m for m in self._matrices if m.parameter.grad is not None]):
+        for rows, M in stacked([m for m in self._matrices if m.parameter.grad is not None], "NuclearNorm"):
             U, s, Vh = _svd(rows, M)
             G = U @ Vh
             if self.form == "ratio":
@@ -124,7 +123,7 @@ class NuclearNorm(Controller):
     @torch.no_grad()
     def after_step(self, model: nn.Module) -> None:
         if self.form == "prox" and self._due():
-            for rows, M in self._stacked(self._matrices):
+            for rows, M in stacked(self._matrices, "NuclearNorm"):
                 U, s, Vh = _svd(rows, M)
                 rates = [float(self._groups[id(m.parameter)]["lr"]) * self.weight for m in rows]
                 s = (s - torch.tensor(rates, dtype=s.dtype, device=s.device)[:, None, None]).clamp_min(0)
@@ -135,19 +134,8 @@ class NuclearNorm(Controller):
     def _due(self) -> bool:
         return bool(self.weight) and self.done % self.every == 0
 
-    def _stacked(self, found: Sequence[Matrix]) -> list[tuple[list[Matrix], Tensor]]:
-        """Matrices of one shape, (N, G, rows, columns)."""
-        alike: dict[Any, list[Matrix]] = {}
-        for m in found:
-            alike.setdefault((m.of(m.parameter).shape, m.parameter.device, m.parameter.dtype), []).append(m)
-        return [(rows, torch.stack([m.of(m.parameter) for m in rows])) for rows in alike.values()]
-
 
 def _svd(rows: Sequence[Matrix], M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    finite = M.isfinite().flatten(1).all(1).tolist()
-    if not all(finite):
-        bad = ", ".join(m.name for m, good in zip(rows, finite, strict=True) if not good)
-        raise DivergenceError(f"NuclearNorm: {bad} is no longer finite")
     try:
         return torch.linalg.svd(M, full_matrices=False)
     except torch.linalg.LinAlgError:

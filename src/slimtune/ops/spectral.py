@@ -18,6 +18,7 @@ __all__ = [
     "participation_rank",
     "rank_by_budget",
     "rank_by_energy",
+    "rank_by_sum",
     "rank_by_tail",
     "rank_by_value",
     "singular_threshold",
@@ -86,6 +87,17 @@ def rank_by_tail(s: Tensor, share: float) -> int:
     square = s.double().square()
     tails = torch.cat([square.flip(0).cumsum(0).flip(0), square.new_zeros(1)])
     return int((tails <= share * tails[0]).nonzero()[0])
+
+
+def rank_by_sum(s: Tensor, keep: float) -> int:
+    """The smallest R with sum_{j <= R} s_j >= keep * sum_j s_j, Cuttlefish's accumulative rank; at least 1.
+
+    Example:
+        >>> [rank_by_sum(torch.tensor([3.0, 2.0, 1.0]), keep) for keep in (0.5, 0.6, 1.0)]
+        [1, 2, 3]
+    """
+    sums = s.double().cumsum(0)
+    return min(int((sums < keep * sums[-1]).sum()) + 1, len(s))
 
 
 def rank_by_value(s: Tensor, least: float) -> int:

@@ -19,7 +19,21 @@ from .base import Structure, check_count
 __all__ = ["GroupedLowRank", "SeparableKernel"]
 
 
-class GroupedLowRank(Structure):
+class _Thin(Structure):
+    """Two thin kernels, of which B starts at zero."""
+
+    fast_parameters = ("B",)
+    A: nn.Parameter
+    B: nn.Parameter
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            bound = 1 / math.sqrt(self.in_features)
+            self.A.uniform_(-bound, bound)
+            self.B.zero_()
+
+
+class GroupedLowRank(_Thin):
     """dW whose rows of group g are B_g A_g, with A (G, R, I) and B (G, O / G, R).
 
     The kernel of a grouped convolution as one with A, of G R outputs and as many groups, and a pointwise one with B.
@@ -38,7 +52,6 @@ class GroupedLowRank(Structure):
         (torch.Size([2, 1, 4]), torch.Size([2, 3, 1]))
     """
 
-    fast_parameters = ("B",)
     rank_dims: ClassVar[dict[str, int]] = {"A": 1, "B": 2}
 
     def __init__(
@@ -78,12 +91,6 @@ class GroupedLowRank(Structure):
         B = self.B.view(self.out_features, rank, *(1,) * len(by.kernel)).to(x.dtype)
         return CONVOLVE[len(by.kernel)](by(x, A), B, bias, groups=groups)
 
-    def reset_parameters(self) -> None:
-        with torch.no_grad():
-            bound = 1 / math.sqrt(self.in_features)
-            self.A.uniform_(-bound, bound)
-            self.B.zero_()
-
     def options(self) -> dict[str, Any]:
         return {"rank": self.rank, "groups": self.A.shape[0]}
 
@@ -91,7 +98,7 @@ class GroupedLowRank(Structure):
         return f"{super().extra_repr()}, rank {self.rank}, groups {self.A.shape[0]}"
 
 
-class SeparableKernel(Structure):
+class SeparableKernel(_Thin):
     """A 2-d kernel dW[o, c, i, j] = sum_r B[o, r, j] A[r, c, i], with A (R, C, h) and B (O, R, w).
 
     A vertical convolution of R outputs and then a horizontal one: Jaderberg, Vedaldi and Zisserman 2014, arXiv
@@ -111,7 +118,6 @@ class SeparableKernel(Structure):
         (torch.Size([2, 4, 3]), torch.Size([6, 2, 3]))
     """
 
-    fast_parameters = ("B",)
     rank_dims: ClassVar[dict[str, int]] = {"A": 0, "B": 1}
 
     def __init__(
@@ -148,12 +154,6 @@ class SeparableKernel(Structure):
             return None
         h = by.along([0])(x, self.A[..., None].to(x.dtype))
         return by.along([1])(h, self.B[:, :, None].to(x.dtype), bias)
-
-    def reset_parameters(self) -> None:
-        with torch.no_grad():
-            bound = 1 / math.sqrt(self.in_features)
-            self.A.uniform_(-bound, bound)
-            self.B.zero_()
 
     def options(self) -> dict[str, Any]:
         return {"rank": self.rank, "kernel": list(self.kernel)}
