@@ -86,16 +86,28 @@ def share(path: Path) -> None:
         path.chmod(path.parent.stat().st_mode & 0o666)
 
 
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
-def _write(path: Path, data: bytes) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or what a folder lists, is on the disk."""
+    if path.is_dir() and os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file and wait until it is on the disk."""
     with open(path, "wb") as f:
         f.write(data)
         f.flush()
@@ -120,13 +132,13 @@ def write_files(folder: str | os.PathLike[str], files: Mapping[str, bytes], mani
         folder.mkdir(parents=True, exist_ok=True)
         _settle(folder)
         for name, data in files.items():
-            _write(_new(folder, name), data)
-        _write(_new(folder, MANIFEST), journal)
-        _sync_folder(folder)
+            write_synced(_new(folder, name), data)
+        write_synced(_new(folder, MANIFEST), journal)
+        sync(folder)
         state = "the new files lie complete beside the old ones and will be read in their place"
         for name in (*files, MANIFEST):
             os.replace(_new(folder, name), folder / name)
-        _sync_folder(folder)
+        sync(folder)
     except OSError as e:
         if state.endswith("intact"):
             with contextlib.suppress(OSError):

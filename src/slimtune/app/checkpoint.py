@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import re
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from slimtune.errors import SlimtuneError
-from slimtune.files import share
+from slimtune.files import hash_file, share, sync
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -43,16 +42,16 @@ def seal(folder: Path, step: int) -> None:
     """Flush every file below `folder` to the disk, then write the manifest of their hashes."""
     files: dict[str, Any] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST):
-        digest = _sha256(path)
+        digest = hash_file(path)
         share(path)
-        _sync(path)
+        sync(path)
         files[path.relative_to(folder).as_posix()] = {"sha256": digest, "bytes": path.stat().st_size}
     for path in sorted(p for p in folder.rglob("*") if p.is_dir()):
-        _sync(path)
+        sync(path)
     text = json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1)
     (folder / MANIFEST).write_text(text, encoding="utf-8")
-    _sync(folder / MANIFEST)
-    _sync(folder)
+    sync(folder / MANIFEST)
+    sync(folder)
 
 
 def publish(folder: Path, final: Path) -> None:
@@ -65,7 +64,7 @@ def publish(folder: Path, final: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     else:
         os.replace(folder, final)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def verify(folder: Path) -> list[str]:
@@ -94,7 +93,7 @@ def verify(folder: Path) -> list[str]:
             problems.append(f"{name} is missing")
         elif path.stat().st_size != size:
             problems.append(f"{name} has {path.stat().st_size:,} bytes, expected {size:,}")
-        elif (found := _sha256(path)) != digest:
+        elif (found := hash_file(path)) != digest:
             problems.append(f"{name} has sha256 {found[:12]}..., expected {str(digest)[:12]}...")
     return problems
 
@@ -174,19 +173,3 @@ def _cause(error: Exception, run: Path) -> str:
 
 def _children(run: Path) -> list[Path]:
     return sorted(run.iterdir()) if run.is_dir() else []
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -26,6 +26,7 @@ from slimtune.app.signals import StopRequest
 from slimtune.app.tasks import Task
 from slimtune.app.trainer import SlimTrainer
 from slimtune.errors import ConfigError, SlimtuneError
+from slimtune.files import write_synced
 from slimtune.hf.trainer import fix_shapes
 
 
@@ -169,10 +170,7 @@ def open_folder(run: Path, cfg: TrainConfig) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replace a small file in one step."""
     new = path.with_name(f".{path.name}.tmp")
-    with new.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    write_synced(new, text.encode())
     os.replace(new, path)
 
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ..compress import structured_layers
 from ..errors import ConfigError, StructureError, TargetError, VerificationError
-from ..files import share
+from ..files import share, sync
 from ..structured import Structured
 from ..targets import unwrapped
-from .folders import beside, publish, sync, writing
+from .folders import beside, publish, writing
 from .writing import save_processing, state_of, transformers_class
 
 __all__ = ["Expanded", "save_expanded"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import re
 import shutil
@@ -17,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import ConfigError, FileFormatError, SlimtuneError
-from ..files import FORMAT, MANIFEST, read_json
+from ..files import FORMAT, MANIFEST, hash_file, read_json, sync
 
 KIND = "compressed"
 SHARD = re.compile(r"compressed-\d{5}\.safetensors")
@@ -61,32 +60,6 @@ def writing(path: Path) -> Iterator[None]:
         full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
         what = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
         raise SlimtuneError(f"{path}: cannot be written: {what}; what was there before is intact") from None
-
-
-def write(path: Path, data: bytes) -> None:
-    with open(path, "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def sync(path: Path) -> None:
-    if path.is_dir() and os.name != "posix":
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def hash_of(path: Path) -> str:
-    """SHA-256 of a file, read in blocks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def check_path(name: object, path: Path) -> str:
@@ -153,7 +126,7 @@ class CompressedFolder:
             file = self.path / name
             if (size := file.stat().st_size) != entry["bytes"]:
                 found.append(f"{name}: damaged: {size:,} bytes, expected {entry['bytes']:,}")
-            elif (digest := hash_of(file)) != entry["sha256"]:
+            elif (digest := hash_file(file)) != entry["sha256"]:
                 found.append(f"{name}: damaged: SHA-256 {digest[:16]}..., expected {entry['sha256'][:16]}...")
         return found or [f"{self.tensors[key].name}: {key} is not finite" for key, t in self.each() if not _finite(t)]
 

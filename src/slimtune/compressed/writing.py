@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from ..compress import describe_structures
 from ..errors import ConfigError, FileFormatError, SlimtuneError, StructureError, UninitializedError
-from ..files import FORMAT, MANIFEST, read_json, share
+from ..files import FORMAT, MANIFEST, hash_file, read_json, share, sync, write_synced
 from ..structures import Structure
 from ..targets import adapter_names, own_modules, unwrapped
-from .folders import KIND, beside, check_path, check_target, hash_of, publish, sync, write, writing
+from .folders import KIND, beside, check_path, check_target, publish, writing
 
 __all__ = ["CompressedWriter", "save_compressed"]
 
@@ -84,7 +84,7 @@ class CompressedWriter:
                 return False
             for shard in found["shards"]:
                 file = self.staging / shard["file"]
-                whole = file.is_file() and file.stat().st_size == shard["bytes"] and hash_of(file) == shard["sha256"]
+                whole = file.is_file() and file.stat().st_size == shard["bytes"] and hash_file(file) == shard["sha256"]
                 if whole and isinstance(shard["keys"], list) and isinstance(shard["structures"], dict):
                     self.journal["shards"].append(shard)
         except (FileFormatError, OSError, KeyError, TypeError):
@@ -130,7 +130,7 @@ class CompressedWriter:
             safetensors.torch.save_file(_apart(self.pending), str(file), metadata={"format": "pt"})
             share(file)
             sync(file)
-            shard = {"file": name, "bytes": file.stat().st_size, "sha256": hash_of(file), "keys": list(self.pending)}
+            shard = {"file": name, "bytes": file.stat().st_size, "sha256": hash_file(file), "keys": list(self.pending)}
             self.journal["shards"].append(shard | {"structures": self.described})
             self._write_journal()
         self.pending, self.described = {}, {}
@@ -165,9 +165,9 @@ class CompressedWriter:
             for name, data in (files or {}).items():
                 place = self.staging / check_path(name, self.path)
                 place.parent.mkdir(parents=True, exist_ok=True)
-                write(place, data)
+                write_synced(place, data)
                 record[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-            write(self.staging / MANIFEST, json.dumps(json.loads(head) | {"files": record}, indent=1).encode())
+            write_synced(self.staging / MANIFEST, json.dumps(json.loads(head) | {"files": record}, indent=1).encode())
             (self.staging / JOURNAL).unlink()
             sync(self.staging)
             publish(self.staging, self.path)
@@ -178,7 +178,7 @@ class CompressedWriter:
 
     def _write_journal(self) -> None:
         new = self.staging / f".{JOURNAL}"
-        write(new, json.dumps(self.journal).encode())
+        write_synced(new, json.dumps(self.journal).encode())
         os.replace(new, self.staging / JOURNAL)
         sync(self.staging)
 

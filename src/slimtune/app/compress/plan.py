@@ -11,7 +11,7 @@ from torch import nn
 
 from slimtune.allocate import Price
 from slimtune.app.compress.config import CompressConfig
-from slimtune.compress import shared_weights
+from slimtune.compress import SizeReport, shared_weights
 from slimtune.errors import ConfigError, TargetError
 from slimtune.factors import FACTORS, Factors, Part
 from slimtune.recipe import matches
@@ -54,7 +54,7 @@ class Layer:
 
 
 @dataclass
-class Plan:
+class Plan(SizeReport):
     """The targeted layers in the model's order, and the size of the whole model."""
 
     layers: list[Layer] = field(default_factory=list)
@@ -65,14 +65,6 @@ class Plan:
     def chosen(self) -> list[Layer]:
         """Those that are factorised."""
         return [layer for layer in self.layers if layer.rank is not None]
-
-    @property
-    def before(self) -> int:
-        return sum(layer.before for layer in self.layers)
-
-    @property
-    def after(self) -> int:
-        return sum(layer.after for layer in self.layers)
 
     @property
     def model_after(self) -> int:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimtune.errors import ConfigError, SlimtuneError
+from slimtune.files import write_synced
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -167,10 +168,7 @@ class State:
 
 def _replace(path: Path, data: bytes) -> None:
     new = path.with_name(f".{path.name}.tmp")
-    with new.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    write_synced(new, data)
     os.replace(new, path)
 
 
